@@ -1,0 +1,227 @@
+"""Attention matrices and how far two of them are apart.
+
+Axis names used throughout the package: ``b`` sequences, ``n`` tokens (queries), ``m`` tokens
+(keys), ``d`` width of the model, ``h`` heads, ``k`` width of a head, ``e`` width of whatever
+logits are inner products of.
+
+Matrix products are taken at the highest precision of their inputs' type; softmax and sums are
+at least float32, also for bfloat16 inputs.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxprune.errors import InputError
+
+# Row blocks are chosen so that one block of logits of one head has about this many entries.
+BLOCK_ENTRIES = 2**18
+
+
+def accumulation_dtype(*arrays: Array) -> jnp.dtype:
+    """Type of softmaxes and sums: float64 for float64 inputs, float32 for all others."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def contract(equation: str, *arrays: Array) -> Array:
+    """``jnp.einsum`` at the highest precision, accumulated (and returned) in float32 or wider."""
+    return jnp.einsum(
+        equation,
+        *arrays,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=accumulation_dtype(*arrays),
+    )
+
+
+def causal_bias(
+    rows: Int[Array, " n"], keys: int, dtype: jnp.dtype = jnp.float32
+) -> Float[Array, "n m"]:
+    """Additive mask of Def. 3.1: 0 where key ``j <= rows[i]``, else minus infinity."""
+    return jnp.where(jnp.arange(keys) <= rows[:, None], 0.0, -jnp.inf).astype(dtype)
+
+
+def attention_rows(
+    q: Float[Array, "*r e"],
+    k: Float[Array, "m e"],
+    bias: Float[Array, "*r m"] | None = None,
+) -> Float[Array, "*r m"]:
+    """Rows ``softmax(q kᵀ + bias)`` of an attention matrix, the one softmax of the package."""
+    logits = contract("...e,me->...m", q, k)
+    if bias is not None:
+        logits = logits + bias
+    weights = jnp.exp(logits - lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def attention_matrix(
+    x: Float[Array, "*b n d"], w: Float[Array, "*b d d"], *, causal: bool = True
+) -> Float[Array, "*b n n"]:
+    """Attention matrix ``D⁻¹A`` with ``A = exp(x w xᵀ)``, ``D = diag(A 1)``, a row softmax.
+
+    Args:
+      x: activations, one row a token; leading axes broadcast against those of ``w``.
+      w: fused attention weight ``W_Q W_Kᵀ``, any scale ``1/√k`` included.
+      causal: entries ``j > i`` are zero before the row sum (Def. 3.1); else Def. 1.1.
+
+    Returns:
+      Rows that sum to one; float32, or float64 for float64 inputs.
+
+    Source: Liang et al. 2025, Def. 1.1 and 3.1.
+    """
+    check_fused(x, w)
+
+    def one(x: Array, w: Array) -> Array:
+        n = x.shape[0]
+        queries = contract("nd,de->ne", x, w).astype(x.dtype)
+        return attention_rows(queries, x, causal_bias(jnp.arange(n), n) if causal else None)
+
+    return jnp.vectorize(one, signature="(n,d),(d,d)->(n,n)")(x, w)
+
+
+def relative_error(
+    x: Float[Array, "*b n d"],
+    w: Float[Array, "d d"],
+    pruned_w: Float[Array, "d d"],
+    *,
+    causal: bool = True,
+    row_weights: Float[Array, "*b n"] | None = None,
+) -> Float[Array, ""]:
+    """Relative error ``‖F̃ − F‖_F² / ‖F‖_F²`` of a pruned attention matrix, the paper's measure.
+
+    Numerator and denominator are pooled over the leading axes of ``x`` before the division.
+    Computed in row blocks: no ``n × n`` array is held.
+
+    Args:
+      x: activations of one or several sequences.
+      w: fused weight that defines the attention ``F``.
+      pruned_w: fused weight that defines ``F̃``.
+      causal: see ``attention_matrix``.
+      row_weights: weight of every row's squared error and energy; zero leaves a row out.
+
+    Returns:
+      A scalar in ``[0, 2]``; 0 is exact.
+    """
+    check_fused(x, w)
+    check_fused(x, pruned_w)
+    check_row_weights(row_weights, x)
+    queries = contract("...nd,de->...ne", x, pruned_w).astype(x.dtype)
+    queries0 = contract("...nd,de->...ne", x, w).astype(x.dtype)
+    error, energy = attention_error(
+        queries, x, queries0, x, causal=causal, row_weights=row_weights
+    )
+    return error.sum() / energy.sum()
+
+
+def attention_error(
+    q: Float[Array, "*b n e"],
+    k: Float[Array, "*b n e"],
+    q0: Float[Array, "*b n f"],
+    k0: Float[Array, "*b n f"],
+    *,
+    causal: bool = True,
+    row_weights: Float[Array, "*b n"] | None = None,
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """Squared error ``‖F̃ − F‖_F²`` and energy ``‖F‖_F²`` of attention matrices, in row blocks.
+
+    Args:
+      q: queries of the approximation ``F̃ = softmax(q kᵀ)``, any scale included.
+      k: keys of the approximation.
+      q0: queries of the reference ``F``.
+      k0: keys of the reference.
+      causal: see ``attention_matrix``.
+      row_weights: weight of every row; zero leaves a row out.
+
+    Returns:
+      Both sums for every leading index; their quotient is the relative error.
+    """
+    if row_weights is None:
+        row_weights = jnp.ones(q.shape[:-1], accumulation_dtype(q))
+    lead = jnp.broadcast_shapes(*(a.shape[:-2] for a in (q, k, q0, k0)), row_weights.shape[:-1])
+
+    def flat(a: Array, trailing: int) -> Array:
+        return jnp.broadcast_to(a, (*lead, *a.shape[-trailing:])).reshape(-1, *a.shape[-trailing:])
+
+    def one(arrays: tuple[Array, ...]) -> tuple[Array, Array]:
+        q, k, q0, k0, weights = arrays
+        n = q.shape[0]
+
+        def one_row(row: tuple[Array, ...]) -> tuple[Array, Array]:
+            i, q, q0, weight = row
+            bias = causal_bias(i[None], n)[0] if causal else None
+            target = attention_rows(q0, k0, bias)
+            difference = attention_rows(q, k, bias) - target
+            return weight * jnp.sum(difference**2), weight * jnp.sum(target**2)
+
+        rows = (jnp.arange(n), q, q0, weights)
+        error, energy = lax.map(one_row, rows, batch_size=max(1, min(n, BLOCK_ENTRIES // n)))
+        return error.sum(), energy.sum()
+
+    n = q.shape[-2]
+    together = max(1, BLOCK_ENTRIES // (n * n))
+    error, energy = lax.map(
+        one,
+        (flat(q, 2), flat(k, 2), flat(q0, 2), flat(k0, 2), flat(row_weights, 1)),
+        batch_size=together,
+    )
+    return error.reshape(lead), energy.reshape(lead)
+
+
+def rotary_embedding(
+    x: Float[Array, "*h n k"],
+    inverse_frequencies: Float[Array, " k/2"],
+    positions: Int[Array, " n"] | None = None,
+) -> Float[Array, "*h n k"]:
+    """Rotary position embedding in the rotate-half layout of Llama.
+
+    Component ``f`` and ``f + k/2`` of token ``i`` turn by the angle ``positions[i] · θ_f``:
+    ``(a, b) → (a cos − b sin, b cos + a sin)``.
+
+    Args:
+      x: queries or keys, tokens on the last axis but one.
+      inverse_frequencies: ``θ_f``, radians per position, any rope scaling applied.
+      positions: of the tokens; ``0 … n−1`` by default.
+
+    Returns:
+      Rotated ``x`` in its own type; angles and products are float32 or wider.
+
+    Source: Su et al. 2021 (RoFormer); the pairing is that of Hugging Face's Llama.
+    """
+    if positions is None:
+        positions = jnp.arange(x.shape[-2])
+    wide = accumulation_dtype(x)
+    angles = positions[:, None].astype(wide) * inverse_frequencies.astype(wide)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(wide), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def check_fused(x: Array, w: Array, name: str = "w") -> None:
+    """Raise ``InputError`` unless ``x`` is ``[..., n, d]`` and ``w`` is ``[..., d, d]``."""
+    if x.ndim < 2 or w.ndim < 2 or w.shape[-1] != w.shape[-2] or w.shape[-1] != x.shape[-1]:
+        raise InputError(
+            f"x of shape {x.shape} and {name} of shape {w.shape} do not match: "
+            "expected [..., n, d] and [..., d, d]"
+        )
+
+
+def check_row_weights(row_weights: Array | None, x: Array) -> None:
+    """Raise ``InputError`` unless ``row_weights`` has one entry for every token of ``x``."""
+    if row_weights is not None and row_weights.shape != x.shape[:-1]:
+        raise InputError(
+            f"row_weights of shape {row_weights.shape} and x of shape {x.shape} do not match: "
+            "expected one weight for every token"
+        )
+
+
+def check_finite(**arrays: Array | None) -> None:
+    """Raise ``InputError`` naming the first concrete array that holds NaN or infinity."""
+    for name, array in arrays.items():
+        if array is None or isinstance(array, jax.core.Tracer):
+            continue
+        bad = int(jnp.size(array) - jnp.isfinite(array).sum())
+        if bad:
+            raise InputError(f"{name} holds {bad} non-finite values; clean or drop them first")

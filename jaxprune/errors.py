@@ -1,0 +1,9 @@
+"""The one exception that means: the input is wrong, and here is how to mend it."""
+
+
+class InputError(ValueError):
+    """Wrong input: the message names the argument, flag, field or file and the remedy.
+
+    Functions raise it; scripts print it as one line and exit with status 2. Any other
+    exception is a defect of jaxprune and keeps its traceback.
+    """

@@ -1,0 +1,359 @@
+"""The objective of attention pruning: one kernel, the paper's loss, its closed-form gradient.
+
+``softmax_error`` is the kernel everything rests on; a faster one for some backend replaces that
+function and nothing else. ``mask_loss`` is the loss of Def. 1.2 and 3.2 on top of it, and
+``closed_form_gradient`` the gradient as the paper writes it, kept as a formula to compare with.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jaxtyping import Array, Float
+
+from jaxprune.attention import (
+    BLOCK_ENTRIES,
+    accumulation_dtype,
+    attention_matrix,
+    attention_rows,
+    causal_bias,
+    check_fused,
+    check_row_weights,
+    contract,
+)
+from jaxprune.errors import InputError
+
+# Causal rows are cut into this many groups; the rows of a group see keys up to its last row, so
+# about (1 + 1/8) / 2 of the square is computed. More groups compile longer and save little.
+_CAUSAL_GROUPS = 8
+
+
+def softmax_error(
+    q: Float[Array, "*b n e"],
+    k: Float[Array, "*b n e"],
+    q0: Float[Array, "*b n f"],
+    k0: Float[Array, "*b n f"],
+    *,
+    causal: bool = True,
+    block_size: int | None = None,
+    row_weights: Float[Array, "*b n"] | None = None,
+) -> Float[Array, "*b"]:
+    """Half the squared distance of two attention matrices, ``½ Σ_i r_i ‖F̃_i − F_i‖²``.
+
+    ``F̃ = softmax(q kᵀ)`` approximates ``F = softmax(q0 k0ᵀ)``, row softmaxes, causal where asked.
+    Differentiable in all array arguments, once by reverse mode and then by any mode. With
+    ``C = F̃ − F`` and ``P_i = r_i F̃_i ∘ (C_i − ⟨F̃_i, C_i⟩)``, the gradients are ``P k`` and
+    ``Pᵀ q``; for the reference, ``−R k0`` and ``−Rᵀ q0`` with ``R_i = r_i F_i ∘ (C_i − ⟨F_i, C_i⟩)``.
+    Only those asked for are computed.
+
+    Works in row blocks: no ``n × n`` array outlives a block, and causal blocks skip most of what
+    lies above the diagonal. Heads and sequences on leading axes are mapped over a few at a time,
+    as memory allows; pass them as leading axes rather than through ``vmap``, which would hold
+    them all at once.
+
+    Args:
+      q: queries of the approximation, any scale included. Leading axes broadcast.
+      k: keys of the approximation.
+      q0: queries of the reference; their width may differ from that of ``q``.
+      k0: keys of the reference.
+      causal: row ``i`` sees keys ``j ≤ i`` (Def. 3.1); else all (Def. 1.1).
+      block_size: rows of a block; chosen from the shape when ``None``.
+      row_weights: ``r``, one for every query; ones when ``None``. Zero leaves a row out.
+
+    Returns:
+      One value for every leading index; float32, or float64 for float64 inputs.
+
+    Raises:
+      InputError: shapes do not match.
+
+    Source: the error term of Liang et al. 2025, Def. 1.2 and 3.2, written on queries and keys.
+    """
+    _check_kernel(q, k, q0, k0, row_weights)
+    n = q.shape[-2]
+    if row_weights is None:
+        row_weights = jnp.ones(n, accumulation_dtype(q, k, q0, k0))
+    operands = [(q, 2), (k, 2), (q0, 2), (k0, 2), (row_weights, 1)]
+    lead = jnp.broadcast_shapes(*(a.shape[:-trailing] for a, trailing in operands))
+    flat = [
+        jnp.broadcast_to(a, (*lead, *a.shape[-trailing:])).reshape(-1, *a.shape[-trailing:])
+        for a, trailing in operands
+    ]
+    if block_size is None:
+        block_size = max(16, BLOCK_ENTRIES // n)
+    return _softmax_error(causal, min(block_size, n), *flat).reshape(lead)
+
+
+def _check_kernel(q: Array, k: Array, q0: Array, k0: Array, row_weights: Array | None) -> None:
+    shapes = ", ".join(
+        f"{name} {a.shape}" for name, a in (("q", q), ("k", k), ("q0", q0), ("k0", k0))
+    )
+    lengths = {a.shape[-2] for a in (q, k, q0, k0) if a.ndim >= 2}
+    if (
+        min(a.ndim for a in (q, k, q0, k0)) < 2
+        or len(lengths) != 1
+        or q.shape[-1] != k.shape[-1]
+        or q0.shape[-1] != k0.shape[-1]
+    ):
+        raise InputError(
+            f"shapes do not match: {shapes}; expected [..., n, e] for q and k "
+            "and [..., n, f] for q0 and k0"
+        )
+    if row_weights is not None and row_weights.shape[-1:] != q.shape[-2:-1]:
+        raise InputError(f"row_weights {row_weights.shape} and q {q.shape} do not match")
+
+
+class _Gradients(NamedTuple):
+    """Gradients of the summed error; ``None`` where not asked for."""
+
+    q: Array | None
+    k: Array | None
+    q0: Array | None
+    k0: Array | None
+    row_weights: Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _softmax_error(
+    causal: bool, block_size: int, q: Array, k: Array, q0: Array, k0: Array, weights: Array
+) -> Array:
+    """``softmax_error`` on one flat leading axis."""
+    return _values_and_gradients(causal, block_size, (q, k, q0, k0, weights), (False,) * 4)[0]
+
+
+def _forward(
+    causal: bool, block_size: int, *arguments: CustomVJPPrimal
+) -> tuple[Array, _Gradients]:
+    wanted = tuple(bool(a.perturbed) for a in arguments[:4])
+    operands = tuple(a.value for a in arguments)
+    return _values_and_gradients(causal, block_size, operands, wanted)
+
+
+def _backward(
+    causal: bool, block_size: int, gradients: _Gradients, cotangent: Array | SymbolicZero
+) -> tuple[Array | None, ...]:
+    del causal, block_size
+    if isinstance(cotangent, SymbolicZero):
+        return (None,) * len(gradients)
+    return tuple(
+        None
+        if g is None
+        else (g * cotangent.reshape(-1, *(1,) * (g.ndim - 1)).astype(g.dtype))
+        for g in gradients
+    )
+
+
+_softmax_error.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _values_and_gradients(
+    causal: bool, block_size: int, operands: tuple[Array, ...], wanted: tuple[bool, ...]
+) -> tuple[Array, _Gradients]:
+    """Map ``_one_head`` over the leading axis, as many heads at once as a block's budget holds."""
+    n = operands[0].shape[1]
+    together = max(1, BLOCK_ENTRIES // (block_size * n))
+    one = partial(_one_head, causal, block_size, wanted)
+    if operands[0].shape[0] <= together:
+        return jax.vmap(one)(*operands)
+    return lax.map(lambda each: one(*each), operands, batch_size=together)
+
+
+def _one_head(
+    causal: bool,
+    block_size: int,
+    wanted: tuple[bool, ...],
+    q: Array,
+    k: Array,
+    q0: Array,
+    k0: Array,
+    weights: Array,
+) -> tuple[Array, _Gradients]:
+    """Value and wanted gradients for one head: groups of row blocks, a scan inside each group."""
+    n = q.shape[0]
+    want_q, want_k, want_q0, want_k0 = wanted
+    pieces_q, pieces_q0, pieces_weights = [], [], []
+    dk, dk0 = jnp.zeros(k.shape, weights.dtype), jnp.zeros(k0.shape, weights.dtype)
+    for start, blocks, rows in _row_groups(n, block_size, causal):
+        stop = start + blocks * rows
+        keys = stop if causal else n
+        block = partial(_block, causal, wanted, k[:keys], k0[:keys])
+
+        def step(carry: tuple[Array, ...], each: tuple[Array, ...], block=block) -> tuple:
+            (dk, dk0), out = carry, block(*each)
+            return (dk + out.k, dk0 + out.k0), (out.q, out.q0, out.row_weights)
+
+        each = [
+            a[start:stop].reshape(blocks, rows, *a.shape[1:])
+            for a in (jnp.arange(n), q, q0, weights)
+        ]
+        zeros = [
+            jnp.zeros(a[:keys].shape if want else (), weights.dtype)
+            for a, want in ((k, want_k), (k0, want_k0))
+        ]
+        if blocks == 1:
+            (gk, gk0), (gq, gq0, gw) = step(tuple(zeros), tuple(a[0] for a in each))
+        else:
+            (gk, gk0), stacked = lax.scan(step, tuple(zeros), tuple(each))
+            gq, gq0, gw = (a.reshape(-1, *a.shape[2:]) for a in stacked)
+        pieces_q.append(gq)
+        pieces_q0.append(gq0)
+        pieces_weights.append(gw.reshape(-1))
+        dk = dk.at[:keys].add(gk) if want_k else dk
+        dk0 = dk0.at[:keys].add(gk0) if want_k0 else dk0
+
+    half_errors = jnp.concatenate(pieces_weights)
+    gradients = _Gradients(
+        q=jnp.concatenate(pieces_q).astype(q.dtype) if want_q else None,
+        k=dk.astype(k.dtype) if want_k else None,
+        q0=jnp.concatenate(pieces_q0).astype(q0.dtype) if want_q0 else None,
+        k0=dk0.astype(k0.dtype) if want_k0 else None,
+        row_weights=half_errors,
+    )
+    return jnp.sum(weights * half_errors), gradients
+
+
+def _row_groups(n: int, block_size: int, causal: bool) -> list[tuple[int, int, int]]:
+    """Cut ``n`` rows into groups ``(first row, number of blocks, rows of a block)``.
+
+    All groups but the last have blocks of ``block_size`` rows; the last takes the remainder.
+    """
+    blocks, rest = divmod(n, block_size)
+    parts = min(blocks, _CAUSAL_GROUPS) if causal else 1
+    bounds = [blocks * g // parts for g in range(parts + 1)]
+    groups = [
+        (low * block_size, high - low, block_size)
+        for low, high in zip(bounds, bounds[1:], strict=False)
+    ]
+    return groups + ([(n - rest, 1, rest)] if rest else [])
+
+
+def _block(
+    causal: bool,
+    wanted: tuple[bool, ...],
+    k: Array,
+    k0: Array,
+    rows: Array,
+    q: Array,
+    q0: Array,
+    weights: Array,
+) -> _Gradients:
+    """Half errors of a block of rows and its share of every wanted gradient (0 if unwanted)."""
+    want_q, want_k, want_q0, want_k0 = wanted
+    nothing = jnp.zeros((), weights.dtype)
+    dq = dk = dq0 = dk0 = nothing
+    bias = causal_bias(rows, k.shape[0], weights.dtype) if causal else None
+    approximation = attention_rows(q, k, bias)
+    target = attention_rows(q0, k0, bias)
+    difference = approximation - target
+    half_errors = 0.5 * jnp.sum(difference**2, axis=-1)
+    if want_q or want_k:
+        p = weights[:, None] * _through_softmax(approximation, difference)
+        dq = contract("nm,me->ne", p.astype(k.dtype), k) if want_q else nothing
+        dk = contract("nm,ne->me", p.astype(q.dtype), q) if want_k else nothing
+    if want_q0 or want_k0:
+        r = -weights[:, None] * _through_softmax(target, difference)
+        dq0 = contract("nm,me->ne", r.astype(k0.dtype), k0) if want_q0 else nothing
+        dk0 = contract("nm,ne->me", r.astype(q0.dtype), q0) if want_k0 else nothing
+    # Scan stacks one entry a block: an unwanted gradient is a scalar zero there.
+    return _Gradients(dq, dk, dq0, dk0, half_errors)
+
+
+def _through_softmax(f: Float[Array, "n m"], c: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    """Rows ``(diag(f) − f fᵀ) c = f ∘ (c − ⟨f, c⟩)``: a cotangent pulled through a row softmax."""
+    return f * (c - jnp.sum(f * c, axis=-1, keepdims=True))
+
+
+def mask_loss(
+    mask: Float[Array, "d d"],
+    x: Float[Array, "*b n d"],
+    w: Float[Array, "d d"],
+    *,
+    lam: Float[Array, ""] | float,
+    causal: bool = True,
+    row_weights: Float[Array, "*b n"] | None = None,
+) -> Float[Array, ""]:
+    """Loss of attention weights pruning, ``L(M) = ½‖D̃⁻¹Ã − D⁻¹A‖_F² + ½λ‖M‖_F²``.
+
+    ``A = exp(x w xᵀ)`` and ``Ã = exp(x (M∘w) xᵀ)``, causal where asked. With several sequences
+    the error term is their mean, so that λ and step sizes keep their meaning and minibatches are
+    unbiased; one sequence is the paper's loss exactly. ``jax.grad`` of it is
+    ``closed_form_gradient``.
+
+    Args:
+      mask: ``M``; the relaxed problem has entries in ``[0, 1]``, but any are allowed.
+      x: activations of one sequence or several.
+      w: fused weight ``W_Q W_Kᵀ``, any scale included.
+      lam: λ ≥ 0, may be traced.
+      causal: Def. 3.2 if true, else Def. 1.2.
+      row_weights: weight of every row's error; zero leaves a row out.
+
+    Raises:
+      InputError: shapes do not match.
+
+    Source: Liang et al. 2025, Def. 1.2 and 3.2; the mean over sequences is ours.
+    """
+    check_fused(x, w)
+    check_fused(x, mask, "mask")
+    check_row_weights(row_weights, x)
+    queries0 = contract("...nd,de->...ne", x, w).astype(x.dtype)
+    error = fused_error(mask * w, x, queries0, causal=causal, row_weights=row_weights)
+    return error + 0.5 * lam * jnp.sum(mask**2)
+
+
+def fused_error(
+    w: Float[Array, "d d"],
+    x: Float[Array, "*b n d"],
+    queries0: Float[Array, "*b n d"],
+    *,
+    causal: bool = True,
+    row_weights: Float[Array, "*b n"] | None = None,
+) -> Float[Array, ""]:
+    """Error term of the loss for an effective fused weight, mean over sequences.
+
+    Args:
+      w: effective weight, for instance ``M∘w``.
+      x: activations, also the keys of both attention matrices.
+      queries0: ``x`` times the dense weight, computed once by the caller.
+      causal: see ``mask_loss``.
+      row_weights: see ``mask_loss``.
+    """
+    queries = contract("...nd,de->...ne", x, w).astype(x.dtype)
+    errors = softmax_error(queries, x, queries0, x, causal=causal, row_weights=row_weights)
+    return jnp.mean(errors)
+
+
+def closed_form_gradient(
+    mask: Float[Array, "d d"],
+    x: Float[Array, "*b n d"],
+    w: Float[Array, "d d"],
+    *,
+    lam: Float[Array, ""] | float,
+    causal: bool = True,
+) -> Float[Array, "d d"]:
+    """Gradient of ``mask_loss`` in the mask, ``∇L(M) = w ∘ (xᵀ P x) + λM``.
+
+    ``P_i = (diag(F̃_i) − F̃_i F̃_iᵀ) C_i`` with ``F̃ = D̃⁻¹Ã`` and ``C = F̃ − D⁻¹A``. Written out as
+    in the paper, with whole ``n × n`` matrices; descent itself differentiates ``mask_loss``.
+
+    Args:
+      mask: ``M``.
+      x: activations of one sequence or several (the mean over them, as in ``mask_loss``).
+      w: fused weight.
+      lam: λ ≥ 0.
+      causal: Def. 3.2 if true, else Def. 1.2.
+
+    Source: Liang et al. 2025, the closed-form gradient of Def. 1.2 and 3.2.
+    """
+    check_fused(x, w)
+    check_fused(x, mask, "mask")
+
+    def one(x: Array) -> Array:
+        f = attention_matrix(x, mask * w, causal=causal)
+        c = f - attention_matrix(x, w, causal=causal)
+        return w * contract("nd,nm,me->de", x, _through_softmax(f, c), x)
+
+    return jnp.mean(jax.vmap(one)(x.reshape(-1, *x.shape[-2:])), axis=0) + lam * mask
