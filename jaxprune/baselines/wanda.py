@@ -1,0 +1,55 @@
+"""Wanda: weights times activation norms, compared within each output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxprune.attention import accumulation_dtype
+from jaxprune.baselines.linear import PrunedLinear, check_linear, prune_by_score
+from jaxprune.sparsity import Group, Sparsity
+
+
+def feature_norms(
+    x: Float[Array, "*b n d"], row_weights: Float[Array, "*b n"] | None = None
+) -> Float[Array, " d"]:
+    """Norm of every input, ``sqrt(mean over sequences of Σ_tokens x_j²)``.
+
+    Args:
+      x: activations; leading axes count as sequences.
+      row_weights: weight of every token; zero leaves it out.
+    """
+    squares = jnp.square(x.astype(accumulation_dtype(x)))
+    if row_weights is not None:
+        squares = squares * row_weights[..., None]
+    per_sequence = squares.sum(axis=-2).reshape(-1, x.shape[-1])
+    return jnp.sqrt(per_sequence.mean(axis=0))
+
+
+def wanda(
+    x: Float[Array, "*b n d_in"],
+    w: Float[Array, "d_in d_out"],
+    sparsity: Sparsity | Any,
+    *,
+    group: Group = "output",
+) -> PrunedLinear:
+    """Drop the weights of lowest score ``|w_ij| · ‖x_i‖``; the others keep their value.
+
+    Args:
+      x: inputs of the layer, ``[n, d_in]`` or with leading sequence axes.
+      w: weight.
+      sparsity: ``Sparsity``, or what ``Sparsity.parse`` reads; N:M along the inputs.
+      group: entries that compete; each output by default.
+
+    Raises:
+      InputError: a wrong sparsity, shapes that do not match, or non-finite values.
+
+    Source: Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models",
+    Eq. 1; locuslab/wanda. Same masks as the original, except that 0.29 of 100 is 29, not 28.
+    """
+    sparsity = Sparsity.parse(sparsity)
+    check_linear(x, w, sparsity)
+    scores = jnp.abs(w.astype(accumulation_dtype(w))) * feature_norms(x)[:, None]
+    return prune_by_score(scores, w, sparsity, group)
