@@ -109,64 +109,54 @@ def relative_error(
     check_row_weights(row_weights, x)
     queries = contract("...nd,de->...ne", x, pruned_w).astype(x.dtype)
     queries0 = contract("...nd,de->...ne", x, w).astype(x.dtype)
-    error, energy = attention_error(
-        queries, x, queries0, x, causal=causal, row_weights=row_weights
-    )
+    error, energy = row_errors(queries, x, queries0, x, causal=causal)
+    if row_weights is not None:
+        error, energy = error * row_weights, energy * row_weights
     return error.sum() / energy.sum()
 
 
-def attention_error(
+def row_errors(
     q: Float[Array, "*b n e"],
     k: Float[Array, "*b n e"],
     q0: Float[Array, "*b n f"],
     k0: Float[Array, "*b n f"],
     *,
     causal: bool = True,
-    row_weights: Float[Array, "*b n"] | None = None,
-) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
-    """Squared error ``‖F̃ − F‖_F²`` and energy ``‖F‖_F²`` of attention matrices, in row blocks.
+) -> tuple[Float[Array, "*b n"], Float[Array, "*b n"]]:
+    """Squared error ``‖F̃_i − F_i‖²`` and energy ``‖F_i‖²`` of every row, in row blocks.
 
     Args:
-      q: queries of the approximation ``F̃ = softmax(q kᵀ)``, any scale included.
+      q: queries of the approximation ``F̃ = softmax(q kᵀ)``, any scale included. Leading axes of
+        all arguments broadcast.
       k: keys of the approximation.
       q0: queries of the reference ``F``.
       k0: keys of the reference.
       causal: see ``attention_matrix``.
-      row_weights: weight of every row; zero leaves a row out.
 
     Returns:
-      Both sums for every leading index; their quotient is the relative error.
+      Both for every row; the quotient of their sums is the relative error.
     """
-    if row_weights is None:
-        row_weights = jnp.ones(q.shape[:-1], accumulation_dtype(q))
-    lead = jnp.broadcast_shapes(*(a.shape[:-2] for a in (q, k, q0, k0)), row_weights.shape[:-1])
+    n = q.shape[-2]
+    lead = jnp.broadcast_shapes(*(a.shape[:-2] for a in (q, k, q0, k0)))
+    flat = [
+        jnp.broadcast_to(a, (*lead, *a.shape[-2:])).reshape(-1, *a.shape[-2:])
+        for a in (q, k, q0, k0)
+    ]
 
-    def flat(a: Array, trailing: int) -> Array:
-        return jnp.broadcast_to(a, (*lead, *a.shape[-trailing:])).reshape(-1, *a.shape[-trailing:])
-
-    def one(arrays: tuple[Array, ...]) -> tuple[Array, Array]:
-        q, k, q0, k0, weights = arrays
-        n = q.shape[0]
+    def one_head(arrays: list[Array]) -> tuple[Array, Array]:
+        q, k, q0, k0 = arrays
 
         def one_row(row: tuple[Array, ...]) -> tuple[Array, Array]:
-            i, q, q0, weight = row
+            i, q, q0 = row
             bias = causal_bias(i[None], n)[0] if causal else None
             target = attention_rows(q0, k0, bias)
             difference = attention_rows(q, k, bias) - target
-            return weight * jnp.sum(difference**2), weight * jnp.sum(target**2)
+            return jnp.sum(difference**2), jnp.sum(target**2)
 
-        rows = (jnp.arange(n), q, q0, weights)
-        error, energy = lax.map(one_row, rows, batch_size=max(1, min(n, BLOCK_ENTRIES // n)))
-        return error.sum(), energy.sum()
+        return lax.map(one_row, (jnp.arange(n), q, q0), batch_size=min(n, 1 + BLOCK_ENTRIES // n))
 
-    n = q.shape[-2]
-    together = max(1, BLOCK_ENTRIES // (n * n))
-    error, energy = lax.map(
-        one,
-        (flat(q, 2), flat(k, 2), flat(q0, 2), flat(k0, 2), flat(row_weights, 1)),
-        batch_size=together,
-    )
-    return error.reshape(lead), energy.reshape(lead)
+    error, energy = lax.map(one_head, flat, batch_size=max(1, BLOCK_ENTRIES // n**2))
+    return error.reshape(*lead, n), energy.reshape(*lead, n)
 
 
 def rotary_embedding(

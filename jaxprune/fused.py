@@ -1,0 +1,380 @@
+"""Pruning the fused attention weight ``W = W_Q W_Kᵀ`` of one head: presets of the descent.
+
+``paper`` is Algorithm 1 to the letter; ``descent`` is the best we know. Both return a weight and
+a keep mask with exact counts. For several heads, seeds or sparsities, ``jax.vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
+
+from jaxprune.attention import (
+    accumulation_dtype,
+    check_finite,
+    check_fused,
+    check_row_weights,
+    contract,
+    relative_error,
+    row_errors,
+)
+from jaxprune.baselines.wanda import feature_norms
+from jaxprune.descent import Descent, DescentResult, Trace, descend
+from jaxprune.errors import InputError
+from jaxprune.objective import fused_error
+from jaxprune.relaxations import cubic_sparsity, gradual, none
+from jaxprune.sparsity import Sparsity
+
+Preset = Literal["paper", "descent"]
+
+# Grids of Algorithm 1. λ is relative to the root mean square of the error's gradient at M = 0,
+# which follows the scale of the weights; step sizes are given as the decay η·λ of a mask entry
+# in one step that the regulariser alone would cause.
+_LAMBDA_MULTIPLES = (0.01, 0.1, 1.0, 10.0, 100.0)
+_DECAYS = (0.003, 0.01, 0.03, 0.1)
+
+# Preset `descent`: Adam's step in units of the mean |w|, and the pull to the dense weights.
+_WEIGHT_STEP = 0.05
+_PULL = 0.1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrunedAttention:
+    """A pruned fused weight and how it came about.
+
+    Attributes:
+      weight: exact zeros where dropped.
+      keep_mask: True where kept.
+      trace: loss and squared gradient norm at every step, validation errors.
+      lam: λ used (chosen from a grid where none was given), the pull of ``descent``.
+      learning_rate: step size used.
+      calibration_error: relative error of the attention on ``x``.
+      initial_error: the same for the preset's initialisation, the rounded starting point.
+      best_step: step of the iterate that was kept; 0 is the initialisation.
+      rejected_steps: updates left out because they were not finite.
+    """
+
+    weight: Float[Array, "*b d d"]
+    keep_mask: Bool[Array, "*b d d"]
+    trace: Trace
+    lam: Float[Array, "*b"]
+    learning_rate: Float[Array, "*b"]
+    calibration_error: Float[Array, "*b"]
+    initial_error: Float[Array, "*b"]
+    best_step: Int[Array, "*b"]
+    rejected_steps: Int[Array, "*b"]
+
+
+def prune_attention(
+    x: Float[Array, "*b n d"],
+    w: Float[Array, "d d"],
+    sparsity: Sparsity | Any,
+    *,
+    preset: Preset = "paper",
+    lam: ArrayLike | None = None,
+    learning_rate: ArrayLike | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    causal: bool = True,
+    row_weights: Float[Array, "*b n"] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> PrunedAttention:
+    """Prune the fused attention weight of one head so that its attention matrix is kept.
+
+    ``paper`` minimises ``½‖D̃⁻¹Ã − D⁻¹A‖_F² + ½λ‖M‖_F²`` over the mask by gradient descent from
+    ``M = 1`` and keeps the largest entries of the last mask; kept weights are those of ``w``.
+
+    ``descent`` lets kept weights adapt while a hard mask, the best by ``|w_ij| ‖x_i‖ ‖x_j‖`` of
+    the current weights, tightens on a cubic schedule (Adam, cosine decay, minibatches, a small
+    pull to the dense weights; see ``jaxprune.relaxations.gradual``). Rows see the tokens of their
+    sequence in a new random order at every step: the fused logits know no positions, and new
+    orders show every query against other keys. A part of the calibration data is held back, and
+    an iterate replaces the initialisation only where it is better on that part beyond its noise.
+
+    Args:
+      x: activations ``[n, d]`` or ``[b, n, d]``.
+      w: fused weight, any scale ``1/√k`` included.
+      sparsity: ``Sparsity`` or what ``Sparsity.parse`` reads; a ratio is of the whole matrix.
+      preset: ``"paper"`` or ``"descent"``.
+      lam: λ of ``paper``; if ``None``, a vmapped grid of λ (and step sizes), chosen on the
+        calibration error. Strength of the pull to the dense weights for ``descent``.
+      learning_rate: η of ``paper`` (a grid if ``None``); of ``descent``, Adam's step in units of
+        the mean of ``|w|``.
+      steps: updates; 300 for ``paper``, 400 for ``descent`` if ``None``.
+      batch_size: sequences of a step; all for ``paper``, 4 for ``descent`` if ``None``.
+      causal: Def. 3.2 if true, else Def. 1.2.
+      row_weights: weight of every token's row in the error; zero leaves a row out.
+      key: randomness of batches and orders; ``jax.random.key(0)`` if ``None``.
+
+    Raises:
+      InputError: a wrong sparsity, preset, shape or value.
+
+    Source: Liang et al. 2025, Algorithm 1; that the last mask is rounded by its largest entries is
+    our reading of it.
+    """
+    sparsity = Sparsity.parse(sparsity)
+    check_fused(x, w)
+    if w.ndim != 2:
+        raise InputError(f"w of shape {w.shape}: expected one head, [d, d]; vmap for more")
+    check_row_weights(row_weights, x)
+    check_finite(x=x, w=w, lam=lam, learning_rate=learning_rate, row_weights=row_weights)
+    sparsity.check_divides(w.shape[0])
+    if preset not in get_args(Preset):
+        raise InputError(f"preset {preset!r}: expected one of {', '.join(get_args(Preset))}")
+    if steps is not None and steps < 0:
+        raise InputError(f"steps {steps}: expected a number of updates, 0 or more")
+    prune = _PRESETS[preset]
+    if not isinstance(sparsity.ratio, jax.core.Tracer):
+        prune = jax.jit(prune, static_argnames=("sparsity", "steps", "batch_size", "causal"))
+    return prune(
+        x.reshape(-1, *x.shape[-2:]),
+        w.astype(accumulation_dtype(w)),
+        _all_rows(x, row_weights),
+        lam,
+        learning_rate,
+        jax.random.key(0) if key is None else key,
+        sparsity=sparsity,
+        steps=steps,
+        batch_size=batch_size,
+        causal=causal,
+    )
+
+
+def _all_rows(x: Array, row_weights: Array | None) -> Float[Array, "b n"]:
+    if row_weights is None:
+        row_weights = jnp.ones(x.shape[:-1], accumulation_dtype(x))
+    return row_weights.reshape(-1, x.shape[-2])
+
+
+def fused_ranking(
+    x: Float[Array, "*b n d"], row_weights: Float[Array, "*b n"] | None = None
+) -> Callable[[Float[Array, "d d"]], Float[Array, "d d"]]:
+    """Ranking of fused weights, ``|w_ij| · ‖x_i‖ · ‖x_j‖``: Wanda's score with both its inputs."""
+    norms = feature_norms(x, row_weights)
+    return lambda w: jnp.abs(w) * norms[:, None] * norms
+
+
+def fused_data(
+    x: Float[Array, "b n d"], w: Float[Array, "d d"], row_weights: Float[Array, "b n"]
+) -> dict[str, Array]:
+    """Calibration arrays of the fused objective; ``queries0 = x w`` are the dense queries."""
+    queries0 = contract("...nd,de->...ne", x, w).astype(x.dtype)
+    return {"x": x, "queries0": queries0, "row_weights": row_weights}
+
+
+def algorithm1(
+    x: Float[Array, "b n d"],
+    w: Float[Array, "d d"],
+    *,
+    lam: ArrayLike,
+    learning_rate: ArrayLike,
+    sparsity: Sparsity,
+    steps: int = 300,
+    batch_size: int | None = None,
+    causal: bool = True,
+    row_weights: Float[Array, "b n"] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> DescentResult:
+    """Algorithm 1 for one λ and step size; the mask it ends with is ``state.variable``.
+
+    One descent serves every sparsity, because the mask is rounded only at the end
+    (``jaxprune.sparsity.keep_mask`` of the mask rounds it anew). Arguments as in
+    ``prune_attention``, with a leading sequence axis.
+
+    Source: Liang et al. 2025, Algorithm 1.
+    """
+    descent = Descent(
+        objective=partial(_objective, causal=causal),
+        relaxation=none(),
+        optimizer=optax.sgd(learning_rate),
+        sparsity=sparsity,
+        steps=steps,
+        batch_size=batch_size,
+        penalty=lambda mask: 0.5 * lam * jnp.sum(mask**2),
+    )
+    data = fused_data(x, w, _all_rows(x, row_weights))
+    return descend(descent, w, data, key=jax.random.key(0) if key is None else key)
+
+
+def _objective(w: Array, batch: PyTree, *, causal: bool) -> Float[Array, ""]:
+    return fused_error(w, causal=causal, **batch)
+
+
+def _paper(
+    x: Array,
+    w: Array,
+    row_weights: Array,
+    lam: Array | None,
+    learning_rate: Array | None,
+    key: Array,
+    *,
+    sparsity: Sparsity,
+    steps: int | None,
+    batch_size: int | None,
+    causal: bool,
+) -> PrunedAttention:
+    """Algorithm 1 at every point of the grid that is left open; the best one is returned."""
+    data = fused_data(x, w, row_weights)
+    gradient_at_zero = jax.grad(lambda mask: _objective(mask * w, data, causal=causal))(
+        jnp.zeros_like(w)
+    )
+
+    def one(lam: Array, rate: Array) -> PrunedAttention:
+        found = algorithm1(
+            x,
+            w,
+            lam=lam,
+            learning_rate=rate,
+            sparsity=sparsity,
+            steps=300 if steps is None else steps,
+            batch_size=batch_size,
+            causal=causal,
+            row_weights=row_weights,
+            key=key,
+        )
+        return _result(found, x, w, row_weights, lam, rate, causal)
+
+    grid = jax.vmap(one)(*algorithm1_grid(gradient_at_zero, lam, learning_rate))
+    # NaN (a diverged run whose mask is not finite) must not win.
+    errors = jnp.where(jnp.isnan(grid.calibration_error), jnp.inf, grid.calibration_error)
+    chosen = jnp.argmin(errors)
+    return jax.tree.map(lambda a: a[chosen], grid)
+
+
+def _descent(
+    x: Array,
+    w: Array,
+    row_weights: Array,
+    lam: Array | None,
+    learning_rate: Array | None,
+    key: Array,
+    *,
+    sparsity: Sparsity,
+    steps: int | None,
+    batch_size: int | None,
+    causal: bool,
+) -> PrunedAttention:
+    """Gradual pruning with weights that adapt, validated on data held back."""
+    steps = 400 if steps is None else steps
+    fit, validation = split_calibration(fused_data(x, w, row_weights))
+    # Adam and the pull are measured in units of the weights, so that their scale cancels.
+    scale = jnp.mean(jnp.abs(w))
+    rate = jnp.asarray(_WEIGHT_STEP if learning_rate is None else learning_rate, w.dtype)
+    pull = jnp.asarray(_PULL if lam is None else lam, w.dtype)
+    decay = optax.cosine_decay_schedule(1.0, max(steps, 1))
+    descent = Descent(
+        objective=partial(_objective, causal=causal),
+        relaxation=gradual(
+            sparsity,
+            fused_ranking(fit["x"], fit["row_weights"]),
+            schedule=cubic_sparsity(max(steps, 1)),
+        ),
+        optimizer=optax.adam(lambda step: rate * scale * decay(step)),
+        sparsity=sparsity,
+        steps=steps,
+        batch_size=4 if batch_size is None else batch_size,
+        penalty=lambda variable: pull * jnp.mean((variable - w) ** 2) / scale**2,
+        augment=shuffle_tokens,
+        sample_errors=partial(_weighted_row_errors, causal=causal),
+    )
+    found = descend(descent, w, fit, key=key, validation=validation)
+    return _result(found, x, w, row_weights, pull, rate, causal)
+
+
+_PRESETS: dict[str, Callable[..., PrunedAttention]] = {"paper": _paper, "descent": _descent}
+
+
+def _result(
+    found: DescentResult,
+    x: Array,
+    w: Array,
+    row_weights: Array,
+    lam: Array,
+    rate: Array,
+    causal: bool,
+) -> PrunedAttention:
+    error = partial(relative_error, x, w, causal=causal, row_weights=row_weights)
+    best = found.state.best
+    return PrunedAttention(
+        weight=found.weights,
+        keep_mask=found.keep_masks,
+        trace=found.trace,
+        lam=lam,
+        learning_rate=rate,
+        calibration_error=error(found.weights),
+        initial_error=error(found.initial_weights),
+        best_step=found.state.step if best is None else best.step,
+        rejected_steps=found.state.rejected,
+    )
+
+
+def algorithm1_grid(
+    gradient_at_zero: Float[Array, "d d"],
+    lam: ArrayLike | None,
+    learning_rate: ArrayLike | None,
+) -> tuple[Float[Array, " grid"], Float[Array, " grid"]]:
+    """λ and step sizes for Algorithm 1 to try: what is given, else grids that follow the scale.
+
+    Useful λ are comparable to the gradient of the error term, whose size is that of ``∇L(0)`` at
+    λ = 0; with ``η = c/λ`` the regulariser alone shrinks a mask entry by a fraction ``c`` a step.
+
+    Args:
+      gradient_at_zero: gradient of the error term at ``M = 0``.
+      lam: λ, or ``None`` for multiples of the root mean square of ``gradient_at_zero``.
+      learning_rate: η, or ``None`` for a few ``c/λ``.
+    """
+    scale = jnp.sqrt(jnp.mean(gradient_at_zero**2))
+    scale = jnp.where(scale > 0, scale, 1.0)
+    if lam is None:
+        lams = scale * jnp.asarray(_LAMBDA_MULTIPLES, scale.dtype)
+    else:
+        lams = jnp.asarray(lam, scale.dtype).reshape(1)
+    if learning_rate is None:
+        decays = jnp.asarray(_DECAYS, scale.dtype)
+        rates = decays / jnp.maximum(lams, _LAMBDA_MULTIPLES[0] * scale)[:, None]
+    else:
+        rates = jnp.full((lams.size, 1), learning_rate, scale.dtype)
+    return jnp.repeat(lams, rates.shape[1]), rates.reshape(-1)
+
+
+def _weighted_row_errors(w: Array, data: PyTree, causal: bool) -> Float[Array, " rows"]:
+    """Half squared error of every row of the validation data, times its weight."""
+    x = data["x"]
+    queries = contract("...nd,de->...ne", x, w).astype(x.dtype)
+    error, _ = row_errors(queries, x, data["queries0"], x, causal=causal)
+    return (0.5 * data["row_weights"] * error).reshape(-1)
+
+
+def shuffle_tokens(key: Key[Array, ""], batch: PyTree) -> PyTree:
+    """A new random order of the tokens of every sequence of a batch (arrays ``[b, n, …]``)."""
+    b, n = jax.tree.leaves(batch)[0].shape[:2]
+    orders = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(key, b))
+    return jax.tree.map(lambda a: jax.vmap(lambda rows, order: rows[order])(a, orders), batch)
+
+
+def split_calibration(data: PyTree) -> tuple[PyTree, PyTree]:
+    """Split calibration arrays ``[b, n, …]`` into a part to fit on and a part to validate on.
+
+    With several sequences, every eighth (at least one) validates. One sequence alone is split by
+    tokens, every fourth: a subset of tokens, in order, is a sequence of the fused attention too.
+    A single token serves as both.
+    """
+    b, n = jax.tree.leaves(data)[0].shape[:2]
+    axis, size, every = (0, b, min(b, 8)) if b > 1 else (1, n, min(n, 4))
+    held = np.arange(size) % every == every - 1
+    if held.all():
+        return data, data
+    fit, validation = (
+        jax.tree.map(partial(jnp.take, indices=np.flatnonzero(part), axis=axis), data)
+        for part in (~held, held)
+    )
+    return fit, validation
