@@ -1,0 +1,71 @@
+"""Files of the Hugging Face hub, through its own client, an optional extra."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from jaxprune.errors import InputError
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_repository(name: str) -> bool:
+    """Whether ``name`` has the form ``owner/name`` of a repository on the hub."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def fetch_model(repository: str, patterns: Sequence[str]) -> Path:
+    """The folder with the files of a model that match ``patterns``, downloaded where needed.
+
+    Raises:
+      InputError: no client, no network, no such repository, or no access to it.
+    """
+    with _one_line_errors(repository):
+        import huggingface_hub
+
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
+
+
+def fetch_dataset_file(repository: str, name: str) -> Path:
+    """One file of a data set, downloaded where needed.
+
+    Raises:
+      InputError: no client, no network, no such file, or no access to it.
+    """
+    with _one_line_errors(f"{repository}/{name}"):
+        import huggingface_hub
+
+        return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset"))
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    try:
+        import httpx
+        import huggingface_hub
+    except ImportError:
+        raise InputError(
+            f"{what}: no such folder or file here, and reading from the hub needs "
+            "`pip install 'jaxprune[hub]'`"
+        ) from None
+    # The client logs every retry; the one line below says it once.
+    verbosity = huggingface_hub.logging.get_verbosity()
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        yield
+    except huggingface_hub.errors.GatedRepoError:
+        raise InputError(
+            f"{what}: the hub asks for permission; accept its terms there and run `hf auth login`"
+        ) from None
+    except huggingface_hub.errors.RepositoryNotFoundError:
+        raise InputError(f"{what}: no such folder or file here, nor on the hub") from None
+    except (OSError, ValueError, httpx.HTTPError, huggingface_hub.errors.EntryNotFoundError) as e:
+        raise InputError(
+            f"{what}: no such folder or file here, and the hub did not give it "
+            f"({type(e).__name__}); check the name and the network, or give a local folder or file"
+        ) from None
+    finally:
+        huggingface_hub.logging.set_verbosity(verbosity)

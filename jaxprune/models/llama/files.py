@@ -1,0 +1,240 @@
+"""The files of a Hugging Face checkpoint: where they are, which tensors they hold.
+
+Only safetensors are read, never pickles. A file is opened anew for every tensor, because a
+memory-mapped file counts as memory for as far as it was read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxprune import hub
+from jaxprune.errors import InputError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ZOO = Path(__file__).parent.parent / "zoo"
+
+# Files besides the weights that make a checkpoint and are carried over to a new one.
+_CARRIED = (
+    "config.json",
+    "generation_config.json",
+    INDEX_FILE,
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a checkpoint.
+
+    Args:
+      model: ``zoo`` (the embedded model), a folder, or a repository ``owner/name`` of the hub.
+
+    Raises:
+      InputError: there is none.
+    """
+    if str(model) == "zoo":
+        return ZOO
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{model}: a model is a folder with config.json, not a file")
+    if isinstance(model, str) and hub.is_repository(model):
+        return hub.fetch_model(model, [*_CARRIED, "*.safetensors"])
+    raise InputError(f"{model}: no such folder; give zoo, a folder, or owner/name on the hub")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      InputError: there is no such file, or no JSON object in it.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{file}: not valid JSON") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: holds {type(content).__name__}, expected a JSON object")
+    return content
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFiles:
+    """The tensors of a checkpoint folder by name, one file or several shards.
+
+    Raises:
+      InputError: no safetensors, a missing or broken file, or a shard outside the folder.
+    """
+
+    folder: Path
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> TensorFiles:
+        """Read the headers of all weight files of a folder."""
+        if (folder / SINGLE_FILE).exists():
+            return cls(folder, _read_header(folder / SINGLE_FILE))
+        if not (folder / INDEX_FILE).exists():
+            pickles = sorted(p.name for e in ("*.bin", "*.pt", "*.pth") for p in folder.glob(e))
+            found = f" (pickles such as {pickles[0]} are not read)" if pickles else ""
+            raise InputError(f"{folder}: holds no {SINGLE_FILE} and no {INDEX_FILE}{found}")
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{folder / INDEX_FILE}: lacks the object weight_map")
+        tensors: dict[str, StoredTensor] = {}
+        headers: dict[Path, dict[str, StoredTensor]] = {}
+        for name, entry in weight_map.items():
+            file = _inside(folder, entry)
+            if file not in headers:
+                headers[file] = _read_header(file)
+            if name not in headers[file]:
+                raise InputError(f"{file}: lacks {name}, which {INDEX_FILE} says it holds")
+            tensors[name] = headers[file][name]
+        return cls(folder, tensors)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in its own type."""
+        return _read_tensor(self.tensors[name].file, name)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, each once."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+
+def _inside(folder: Path, entry: Any) -> Path:
+    """The shard that an entry of ``weight_map`` names; it must lie in the folder itself.
+
+    In the cache of the hub's client a snapshot's files are links into ``blobs`` two levels up.
+    """
+    where = folder / INDEX_FILE
+    if not isinstance(entry, str) or PurePath(entry).name != entry or "\\" in entry:
+        raise InputError(f"{where}: weight_map names {entry!r:.80}, which is not a file beside it")
+    if PurePath(entry).suffix != ".safetensors":
+        raise InputError(f"{where}: weight_map names {entry!r:.80}; only safetensors are read")
+    file = folder / entry
+    home, target = folder.resolve(), file.resolve()
+    if target.parent not in (home, home.parent.parent / "blobs"):
+        raise InputError(f"{where}: weight_map names {entry}, a link to outside the folder")
+    return file
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    with _opened(file) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {
+            name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
+        }
+
+
+def _read_tensor(file: Path, name: str) -> np.ndarray:
+    with _opened(file) as tensors:
+        return tensors.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; the checkpoint is incomplete") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error})") from None
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error}); fetch it anew") from None
+
+
+@contextlib.contextmanager
+def changing(file: Path) -> Iterator[Any]:
+    """Yield ``replace(name, tensor)``, which overwrites a tensor of a safetensors file in place.
+
+    The layout of the file, its header and all other bytes stay.
+    """
+    with file.open("r+b") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(size))
+
+        def replace(name: str, tensor: np.ndarray) -> None:
+            start, stop = header[name]["data_offsets"]
+            content = np.ascontiguousarray(tensor).tobytes()
+            if len(content) != stop - start:
+                raise ValueError(f"{name}: {len(content)} bytes for a place of {stop - start}")
+            stream.seek(8 + size + start)
+            stream.write(content)
+
+        yield replace
+
+
+def copy_carried(source: Path, target: Path) -> None:
+    """Copy configuration and tokenizer files from one checkpoint folder to another."""
+    for pattern in _CARRIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def check_new_folder(out: Path, flag: str = "--out") -> None:
+    """Raise ``InputError`` unless ``new_folder(out)`` will find its place."""
+    parent = out.resolve().parent
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{flag} {out}: exists and is not empty; choose another folder")
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {out}: cannot write there ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder beside ``out`` to fill; rename it to ``out`` when all went well.
+
+    Raises:
+      InputError: ``out`` exists and is not an empty folder, or cannot be written.
+    """
+    check_new_folder(out)
+    out = out.resolve()
+    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-", suffix=".partial"))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,277 @@
+"""A Llama in Flax NNX whose blocks are one compiled program, usable whole or block by block.
+
+Axis names: ``b`` sequences, ``n`` tokens (queries), ``m`` tokens (keys), ``d`` width of the model,
+``h`` query heads, ``g`` key-value heads, ``r = h/g`` query heads that share one, ``k`` width of a
+head, ``f`` width of the MLP, ``v`` vocabulary, ``l`` blocks.
+
+Weights are ``[d_in, d_out]``, ``y = x @ w``. Matrix products run at the highest precision of the
+weights' type and accumulate in float32; norms, softmax and logits are float32, as in Hugging
+Face's Llama. In bfloat16 the rotation is taken in float32 too and logits are not rounded, which
+Hugging Face's code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxprune.attention import (
+    BLOCK_ENTRIES,
+    attention_rows,
+    causal_bias,
+    contract,
+    rotary_embedding,
+)
+from jaxprune.errors import InputError
+from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
+
+
+class BlockWeights(NamedTuple):
+    """Weights of one block, or of ``l`` blocks on a leading axis.
+
+    The heads of ``wq``, ``wk``, ``wv`` lie one after the other on the output axis, those of
+    ``wo`` on the input axis.
+    """
+
+    attention_norm: Float[Array, "*l d"]
+    wq: Float[Array, "*l d h*k"]
+    wk: Float[Array, "*l d g*k"]
+    wv: Float[Array, "*l d g*k"]
+    wo: Float[Array, "*l h*k d"]
+    mlp_norm: Float[Array, "*l d"]
+    w_gate: Float[Array, "*l d f"]
+    w_up: Float[Array, "*l d f"]
+    w_down: Float[Array, "*l f d"]
+
+
+class LinearInputs(NamedTuple):
+    """What the seven linear maps of a block are applied to; see ``INPUT_OF``."""
+
+    attention: Float[Array, "b n d"]
+    output: Float[Array, "b n h*k"]
+    mlp: Float[Array, "b n d"]
+    down: Float[Array, "b n f"]
+
+
+# The field of ``LinearInputs`` that each linear map of a block reads.
+INPUT_OF = {
+    "wq": "attention",
+    "wk": "attention",
+    "wv": "attention",
+    "wo": "output",
+    "w_gate": "mlp",
+    "w_up": "mlp",
+    "w_down": "down",
+}
+
+
+def block_shapes(config: LlamaConfig) -> BlockWeights:
+    """Shapes of one block's weights."""
+    d, f = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    shapes = ((d,), (d, queries), (d, keys), (d, keys), (queries, d), (d,), (d, f), (d, f), (f, d))
+    return BlockWeights(*shapes)  # type: ignore[arg-type]
+
+
+class Llama(nnx.Module):
+    """A Llama: token ids to logits.
+
+    Attributes:
+      config: settings, static.
+      embedding: ``[v, d]``.
+      blocks: the ``BlockWeights`` of all blocks on a leading axis.
+      final_norm: ``[d]``.
+      lm_head: ``[d, v]``, or ``None`` where the head is the transposed embedding.
+
+    Args:
+      config: settings.
+      key: for random weights, normal with standard deviation 0.02 (norms are ones).
+      dtype: type of weights and activations, float32 or bfloat16.
+
+    Source: Touvron et al. 2023; compared with ``transformers.LlamaForCausalLM``.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, *, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32
+    ) -> None:
+        self.config = config
+
+        def normal(name: int, shape: tuple[int, ...]) -> Array:
+            return (0.02 * jax.random.normal(jax.random.fold_in(key, name), shape)).astype(dtype)
+
+        d, layers = config.hidden_size, config.num_hidden_layers
+        weights = [
+            jnp.ones((layers, *shape), dtype) if len(shape) == 1 else normal(name, (layers, *shape))
+            for name, shape in enumerate(block_shapes(config))
+        ]
+        names = len(weights)
+        self.embedding = nnx.Param(normal(names, (config.vocab_size, d)))
+        self.blocks = nnx.Param(BlockWeights(*weights))
+        self.final_norm = nnx.Param(jnp.ones(d, dtype))
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nnx.Param(normal(names + 1, (d, config.vocab_size)))
+        )
+
+    def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n v"]:
+        """Logits of the next token at every position, float32."""
+        hidden, _ = run_blocks(self.blocks.get_value(), self.embed(tokens), self.config)
+        return self.head(hidden)
+
+    def embed(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+        """Hidden states before the first block."""
+        return self.embedding.get_value()[tokens]
+
+    def head(self, hidden: Float[Array, "*b n d"]) -> Float[Array, "*b n v"]:
+        """Logits, float32, from the hidden states after the last block."""
+        x = rms_norm(hidden, self.final_norm.get_value(), self.config.rms_norm_eps)
+        if self.lm_head is None:
+            return contract("...nd,vd->...nv", x, self.embedding.get_value())
+        return contract("...nd,dv->...nv", x, self.lm_head.get_value())
+
+    def activations(
+        self, tokens: Int[Array, "b n"], layers: Sequence[int] | None = None
+    ) -> Float[Array, "l b n d"]:
+        """What W_Q, W_K and W_V of the chosen blocks are applied to; nothing else is kept.
+
+        Args:
+          tokens: token ids.
+          layers: which blocks, all by default.
+
+        Raises:
+          InputError: there is no such block.
+        """
+        blocks = self.config.num_hidden_layers
+        layers = tuple(range(blocks)) if layers is None else tuple(layers)
+        wrong = [layer for layer in layers if not 0 <= layer < blocks]
+        if wrong:
+            raise InputError(f"layers: there is no block {wrong[0]}, only 0 to {blocks - 1}")
+        hidden = self.embed(tokens)
+        return run_blocks(self.blocks.get_value(), hidden, self.config, capture=layers)[1]
+
+    def block_weights(self, layer: int) -> BlockWeights:
+        """Weights of one block, for ``block``."""
+        return jax.tree.map(lambda stack: stack[layer], self.blocks.get_value())
+
+
+def run_blocks(
+    weights: BlockWeights,
+    hidden: Float[Array, "b n d"],
+    config: LlamaConfig,
+    *,
+    capture: tuple[int, ...] = (),
+) -> tuple[Float[Array, "b n d"], Float[Array, "c b n d"]]:
+    """Scan ``block`` over stacked weights.
+
+    Args:
+      weights: of all blocks, on a leading axis.
+      hidden: hidden states before the first.
+      config: settings.
+      capture: blocks whose attention input is returned, in this order.
+
+    Returns:
+      Hidden states after the last block, and the captured inputs.
+    """
+    # Row `position[i]` of the buffer takes block i; a row past the end drops it.
+    blocks = weights.wq.shape[0]
+    rows = [capture.index(i) if i in capture else len(capture) for i in range(blocks)]
+    buffer = jnp.zeros((len(capture), *hidden.shape), hidden.dtype)
+
+    def step(
+        carry: tuple[Array, Array], each: tuple[BlockWeights, Array]
+    ) -> tuple[tuple[Array, Array], None]:
+        (hidden, buffer), (weights, row) = carry, each
+        hidden, inputs = block(weights, hidden, config)
+        if capture:
+            buffer = buffer.at[row].set(inputs.attention, mode="drop")
+        return (hidden, buffer), None
+
+    carry, _ = lax.scan(step, (hidden, buffer), (weights, jnp.array(rows)))
+    return carry
+
+
+def block(
+    weights: BlockWeights, hidden: Float[Array, "b n d"], config: LlamaConfig
+) -> tuple[Float[Array, "b n d"], LinearInputs]:
+    """One block: ``x += wo·attention(norm(x))``, then ``x += w_down·(silu(gate)·up)(norm(x))``.
+
+    Args:
+      weights: of one block; replace some to see a pruned one (``weights._replace(wq=...)``).
+      hidden: hidden states before the block.
+      config: settings; static under ``jit``.
+
+    Returns:
+      Hidden states after the block, and what each linear map was applied to. Under ``jit`` those
+      that the caller drops are not kept.
+    """
+    x = rms_norm(hidden, weights.attention_norm, config.rms_norm_eps)
+    frequencies = jnp.asarray(inverse_frequencies(config))
+    q, k, v = (
+        _split_heads(linear(x, w), config.head_dim) for w in (weights.wq, weights.wk, weights.wv)
+    )
+    q, k = rotary_embedding(q, frequencies), rotary_embedding(k, frequencies)
+    attended = attention_output(q, k, v)
+    output = attended.swapaxes(1, 2).reshape(*hidden.shape[:2], -1)
+    hidden = hidden + linear(output, weights.wo)
+    y = rms_norm(hidden, weights.mlp_norm, config.rms_norm_eps)
+    down = jax.nn.silu(linear(y, weights.w_gate)) * linear(y, weights.w_up)
+    hidden = hidden + linear(down, weights.w_down)
+    return hidden, LinearInputs(attention=x, output=output, mlp=y, down=down)
+
+
+def rms_norm(
+    x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float
+) -> Float[Array, "*b d"]:
+    """``scale · x / √(mean(x²) + eps)``; the quotient is taken in float32."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide**2, axis=-1, keepdims=True)
+    return scale * (wide * lax.rsqrt(mean_square + eps)).astype(x.dtype)
+
+
+def linear(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """``x @ w`` in the type of ``x``, accumulated in float32."""
+    return contract("...i,io->...o", x, w).astype(x.dtype)
+
+
+def _split_heads(x: Float[Array, "b n e"], head_dim: int) -> Float[Array, "b h n k"]:
+    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
+def attention_output(
+    q: Float[Array, "b h n k"], k: Float[Array, "b g n k"], v: Float[Array, "b g n k"]
+) -> Float[Array, "b h n k"]:
+    """Causal attention ``softmax(q kᵀ/√k) v`` with grouped query heads.
+
+    The query heads that share a key head are one unit of work: their queries are rows of one
+    matrix. Units are taken as many at once, or else in blocks of as many rows, as keep the
+    logits near ``BLOCK_ENTRIES``; no array holds them for all heads.
+    """
+    (b, h, n, width), g = q.shape, k.shape[1]
+    rows = h // g * n
+    units = (
+        (q * width**-0.5).reshape(b * g, rows, width),
+        k.reshape(b * g, n, width),
+        v.reshape(b * g, n, width),
+    )
+    positions = jnp.tile(jnp.arange(n), h // g)
+
+    def unit(arrays: tuple[Array, Array, Array]) -> Array:
+        q, k, v = arrays
+
+        def row(each: tuple[Array, Array]) -> Array:
+            position, q = each
+            weights = attention_rows(q, k, causal_bias(position[None], n)[0])
+            return contract("m,mk->k", weights.astype(v.dtype), v).astype(v.dtype)
+
+        return lax.map(row, (positions, q), batch_size=min(rows, max(1, BLOCK_ENTRIES // n)))
+
+    together = max(1, BLOCK_ENTRIES // (rows * n))
+    return lax.map(unit, units, batch_size=min(together, b * g)).reshape(q.shape)
