@@ -1,6 +1,6 @@
 """Llama: settings, model, checkpoints."""
 
-from jaxprune.models.llama.checkpoint import load, save
+from jaxprune.models.llama.checkpoint import load, load_config, save
 from jaxprune.models.llama.config import Llama3Scaling, LlamaConfig, inverse_frequencies
 from jaxprune.models.llama.files import locate
 from jaxprune.models.llama.modeling import BlockWeights, LinearInputs, Llama, block
@@ -14,6 +14,7 @@ __all__ = [
     "block",
     "inverse_frequencies",
     "load",
+    "load_config",
     "locate",
     "save",
 ]

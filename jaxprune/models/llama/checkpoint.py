@@ -86,16 +86,12 @@ class Place(NamedTuple):
 
 
 def load_config(folder: Path) -> LlamaConfig:
-    """Settings in a checkpoint folder.
+    """Settings of a checkpoint, compared with its tensors; ``vocab_size`` is that of the file.
 
     Raises:
-      InputError: config.json is missing, broken, or asks for what is not supported.
+      InputError: what ``load`` would raise, before anything long is done.
     """
-    file = folder / "config.json"
-    try:
-        return LlamaConfig.from_json(read_json(file))
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
+    return _match(folder)[0]
 
 
 def load(folder: Path, dtype: Any = jnp.float32) -> Llama:
@@ -109,8 +105,7 @@ def load(folder: Path, dtype: Any = jnp.float32) -> Llama:
       InputError: a file is missing or broken, the settings are not supported, or tensors are
         missing, unexpected or misshapen; all of them are named.
     """
-    files = TensorFiles.open(folder)
-    config, places = _match(load_config(folder), files)
+    config, files, places = _match(folder)
     model = abstract_model(config, dtype)
     arrays = {
         path: jnp.zeros(shape.shape, dtype)
@@ -150,8 +145,7 @@ def write_weights(model: Llama, source: Path, folder: Path) -> None:
     Raises:
       InputError: the model is not of the source's shape.
     """
-    files = TensorFiles.open(source)
-    config, places = _match(load_config(source), files)
+    config, files, places = _match(source)
     if config != model.config:
         raise InputError(f"{source}: its settings are not those of the model to save")
     copy_carried(source, folder)
@@ -245,12 +239,18 @@ def places_of(config: LlamaConfig) -> dict[str, Place]:
     return places
 
 
-def _match(config: LlamaConfig, files: TensorFiles) -> tuple[LlamaConfig, dict[str, Place]]:
-    """Settings corrected to the embedding's rows, and the place of every tensor of the files.
+def _match(folder: Path) -> tuple[LlamaConfig, TensorFiles, dict[str, Place]]:
+    """Settings corrected to the embedding's rows, the files, and the place of every tensor.
 
     Raises:
       InputError: naming all tensors that are missing, unexpected, misshapen or of another type.
     """
+    content = read_json(folder / "config.json")
+    try:
+        config = LlamaConfig.from_json(content)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+    files = TensorFiles.open(folder)
     stored = files.tensors
     rows = stored[_EMBEDDING].shape[:1] if _EMBEDDING in stored else ()
     if rows:
@@ -279,8 +279,8 @@ def _match(config: LlamaConfig, files: TensorFiles) -> tuple[LlamaConfig, dict[s
     }
     if any(wrong.values()):
         found = "; ".join(f"{kind}: {_listed(names)}" for kind, names in wrong.items() if names)
-        raise InputError(f"{files.folder}: tensors do not fit config.json; {found}")
-    return config, places
+        raise InputError(f"{folder}: tensors do not fit config.json; {found}")
+    return config, files, places
 
 
 def _tied_head(files: TensorFiles) -> Place:

@@ -123,12 +123,15 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n v"]:
         """Logits of the next token at every position, float32."""
-        hidden, _ = run_blocks(self.blocks.get_value(), self.embed(tokens), self.config)
-        return self.head(hidden)
+        return self.head(self.hidden_states(tokens))
 
     def embed(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
         """Hidden states before the first block."""
         return self.embedding.get_value()[tokens]
+
+    def hidden_states(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+        """Hidden states after the last block, what ``head`` takes."""
+        return run_blocks(self.blocks.get_value(), self.embed(tokens), self.config)[0]
 
     def head(self, hidden: Float[Array, "*b n d"]) -> Float[Array, "*b n v"]:
         """Logits, float32, from the hidden states after the last block."""

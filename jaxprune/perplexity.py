@@ -1,0 +1,70 @@
+"""Perplexity, with the protocol it was measured by on every number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from jaxprune.data import Windows
+from jaxprune.errors import InputError
+from jaxprune.models.llama.modeling import Llama
+
+
+def evaluate(model: Llama, windows: Windows, *, batch: int = 8) -> dict[str, Any]:
+    """Perplexity ``exp(mean_w mean_i −log p(x_{w,i+1} | x_{w,≤i}))`` over windows ``w``.
+
+    Args:
+      model: computes in its own type; the cross-entropy is float32.
+      windows: of ``data.evaluation_windows``; each is scored on its own.
+      batch: windows at once.
+
+    Returns:
+      ``perplexity`` and what it depends on: corpus, split, seqlen, windows, bos, dtype,
+      tokens_scored. The first token of a window is not scored.
+
+    Raises:
+      InputError: the batch is empty, or the loss is not a finite number.
+    """
+    if batch < 1:
+        raise InputError(f"--batch must be at least 1, not {batch}")
+    count, seqlen = windows.tokens.shape
+    batch = min(batch, count)
+    losses = np.zeros(count)
+    for start in tqdm(range(0, count, batch), desc="perplexity", unit="batch"):
+        # The last batch is filled up with windows from its front, for one compiled program.
+        rows = np.arange(start, start + batch) % count
+        computed = np.asarray(window_losses(model, windows.tokens[rows]))
+        losses[start : start + batch] = computed[: count - start]
+    mean = float(losses.mean())
+    if not math.isfinite(mean) or mean > 700:
+        raise InputError(f"the mean loss is {mean}; the weights of the model are not usable")
+    return {
+        "perplexity": math.exp(mean),
+        **windows.protocol,
+        "dtype": model.embedding.get_value().dtype.name,
+        "tokens_scored": count * (seqlen - 1),
+    }
+
+
+@jax.jit
+def window_losses(model: Llama, tokens: Int[Array, "b n"]) -> Float[Array, " b"]:
+    """Mean cross-entropy of the next token in every window, in nats, float32.
+
+    Logits are held for one window at a time.
+    """
+    hidden = model.hidden_states(tokens)
+
+    def one(window: tuple[Array, Array]) -> Array:
+        hidden, tokens = window
+        logits = model.head(hidden[:-1])
+        picked = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+
+    return lax.map(one, (hidden, tokens))
