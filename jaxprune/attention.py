@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxprune.errors import InputError
 
@@ -207,7 +207,7 @@ def check_row_weights(row_weights: Array | None, x: Array) -> None:
         )
 
 
-def check_finite(**arrays: Array | None) -> None:
+def check_finite(**arrays: ArrayLike | None) -> None:
     """Raise ``InputError`` naming the first concrete array that holds NaN or infinity."""
     for name, array in arrays.items():
         if array is None or isinstance(array, jax.core.Tracer):

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
+import jax
 import tyro
 
 from jaxprune.errors import InputError
@@ -19,9 +22,6 @@ Config = TypeVar("Config")
 
 # A boolean flag without a `--no-` twin.
 Flag = tyro.conf.FlagCreatePairsOff[bool]
-# A sequence flag whose help reads `FLOAT FLOAT ...`.
-Floats = Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT ...")]
-Ints = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")]
 
 
 def parse_flags(config_type: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
@@ -47,6 +47,17 @@ def _one_line(box: str) -> str:
     return " ".join(message) or box.strip()
 
 
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, so that a second run starts at once.
+
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxprune" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def run_script(
     config_type: type[Config],
     body: Callable[[Config], None],
@@ -62,7 +73,9 @@ def run_script(
       prog: the script's name in messages.
     """
     try:
-        body(parse_flags(config_type, argv, prog))
+        config = parse_flags(config_type, argv, prog)
+        use_compilation_cache()
+        body(config)
     except InputError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

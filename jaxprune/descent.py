@@ -159,6 +159,8 @@ class Descent:
         state, (loss, norm) = lax.scan(one_step, state, length=self.chunk_size)
         errors = jnp.zeros((0,), loss.dtype)
         if validation is not None:
+            assert state.best is not None
+            assert state.initial_errors is not None
             candidate, samples = self._round(state, weights, validation)
             gain = state.initial_errors - samples
             noise = jnp.std(gain) / math.sqrt(gain.size)
@@ -257,10 +259,9 @@ def descend(
     Returns:
       Rounded weights and keep masks with exact counts, the trace of this call, the last state.
     """
-    if state is None:
-        state = descent.init(weights, validation)
+    state = descent.init(weights, validation) if state is None else state
     if on_chunk is None:
-        state, trace = lax.scan(
+        last, trace = lax.scan(
             lambda state, _: descent.chunk(state, weights, data, validation, key),
             state,
             length=descent.chunks,
@@ -268,18 +269,18 @@ def descend(
         trace = jax.tree.map(lambda a: a.reshape(-1), trace)
     else:
         chunk = jax.jit(descent.chunk)
-        traces = []
-        while int(state.step) < descent.steps:
-            state, piece = chunk(state, weights, data, validation, key)
+        traces, last = [], state
+        while int(last.step) < descent.steps:
+            last, piece = chunk(last, weights, data, validation, key)
             traces.append(piece)
-            on_chunk(state, piece)
+            on_chunk(last, piece)
         trace = jax.tree.map(lambda *a: jnp.concatenate(a), *traces)
     trace = Trace(
         trace.loss[: descent.steps],
         trace.squared_gradient_norm[: descent.steps],
         trace.validation_error,
     )
-    rounded, kept = descent.finish(state, weights)
+    rounded, kept = descent.finish(last, weights)
     relaxation = descent.relaxation
     initial, _ = relaxation.finish(relaxation.init(weights), weights, descent.sparsity)
-    return DescentResult(rounded, kept, initial, trace, state)
+    return DescentResult(rounded, kept, initial, trace, last)

@@ -26,7 +26,6 @@ from jaxprune.attention import (
     relative_error,
     row_errors,
 )
-from jaxprune.baselines.wanda import feature_norms
 from jaxprune.descent import Descent, DescentResult, Trace, descend
 from jaxprune.errors import InputError
 from jaxprune.objective import fused_error
@@ -39,7 +38,7 @@ Preset = Literal["paper", "descent"]
 # which follows the scale of the weights; step sizes are given as the decay η·λ of a mask entry
 # in one step that the regulariser alone would cause.
 _LAMBDA_MULTIPLES = (0.01, 0.1, 1.0, 10.0, 100.0)
-_DECAYS = (0.003, 0.01, 0.03, 0.1)
+DECAYS = (0.003, 0.01, 0.03, 0.1)
 
 # Preset `descent`: Adam's step in units of the mean |w|, and the pull to the dense weights.
 _WEIGHT_STEP = 0.05
@@ -158,9 +157,48 @@ def _all_rows(x: Array, row_weights: Array | None) -> Float[Array, "b n"]:
 def fused_ranking(
     x: Float[Array, "*b n d"], row_weights: Float[Array, "*b n"] | None = None
 ) -> Callable[[Float[Array, "d d"]], Float[Array, "d d"]]:
-    """Ranking of fused weights, ``|w_ij| · ‖x_i‖ · ‖x_j‖``: Wanda's score with both its inputs."""
-    norms = feature_norms(x, row_weights)
+    """Ranking of fused weights, ``|w_ij| s_i s_j``: Wanda's score with both its inputs.
+
+    ``s`` are the norms ``‖x_i‖`` of the features, drawn towards their mean as far as their
+    differences may be noise (``shrunk_norms``): with few tokens all are equal, and the ranking is
+    by magnitude.
+    """
+    norms = shrunk_norms(x, row_weights)
     return lambda w: jnp.abs(w) * norms[:, None] * norms
+
+
+def shrunk_norms(
+    x: Float[Array, "*b n d"], row_weights: Float[Array, "*b n"] | None = None
+) -> Float[Array, " d"]:
+    """Feature norms whose logarithms are shrunk towards their mean, positive-part James–Stein.
+
+    The squared norm of feature ``j`` is a mean of ``x_j²`` over ``N`` tokens. Its logarithm has
+    variance about ``σ_j² = Var(x_j²) / (N mean(x_j²)²)``; with ``V`` the variance of the
+    logarithms over features, the factor is ``max(0, 1 − mean(σ²) / V)``.
+
+    Args:
+      x: activations.
+      row_weights: weight of every token; zero leaves it out.
+
+    Source: James & Stein 1961, in its empirical-Bayes form.
+    """
+    wide = x.reshape(-1, x.shape[-1]).astype(accumulation_dtype(x))
+    weights = jnp.ones(wide.shape[0]) if row_weights is None else row_weights.reshape(-1)
+    share = (weights / weights.sum())[:, None]
+    squares = wide**2
+    mean = jnp.sum(share * squares, axis=0)
+    alive = mean > 0
+    safe = jnp.where(alive, mean, 1.0)
+    # Σ share² is 1/N for equal weights.
+    noise = jnp.sum(share * (squares - mean) ** 2, axis=0) * jnp.sum(share**2) / safe**2
+    logarithms = jnp.log(safe)
+    count = jnp.maximum(alive.sum(), 1)
+    centre = jnp.sum(jnp.where(alive, logarithms, 0)) / count
+    spread = jnp.sum(jnp.where(alive, (logarithms - centre) ** 2, 0)) / count
+    noise_mean = jnp.sum(jnp.where(alive, noise, 0)) / count
+    factor = jnp.where(spread > 0, jnp.maximum(0.0, 1 - noise_mean / spread), 0.0)
+    shrunk = jnp.exp(0.5 * (centre + factor * (logarithms - centre)))
+    return jnp.where(alive, shrunk, 0.0)
 
 
 def fused_data(
@@ -199,7 +237,7 @@ def algorithm1(
         sparsity=sparsity,
         steps=steps,
         batch_size=batch_size,
-        penalty=lambda mask: 0.5 * lam * jnp.sum(mask**2),
+        penalty=lambda mask: 0.5 * jnp.asarray(lam) * jnp.sum(mask**2),
     )
     data = fused_data(x, w, _all_rows(x, row_weights))
     return descend(descent, w, data, key=jax.random.key(0) if key is None else key)
@@ -339,7 +377,7 @@ def algorithm1_grid(
     else:
         lams = jnp.asarray(lam, scale.dtype).reshape(1)
     if learning_rate is None:
-        decays = jnp.asarray(_DECAYS, scale.dtype)
+        decays = jnp.asarray(DECAYS, scale.dtype)
         rates = decays / jnp.maximum(lams, _LAMBDA_MULTIPLES[0] * scale)[:, None]
     else:
         rates = jnp.full((lams.size, 1), learning_rate, scale.dtype)

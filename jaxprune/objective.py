@@ -7,8 +7,10 @@ function and nothing else. ``mask_loss`` is the loss of Def. 1.2 and 3.2 on top 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,7 @@ def softmax_error(
     ``F̃ = softmax(q kᵀ)`` approximates ``F = softmax(q0 k0ᵀ)``, row softmaxes, causal where asked.
     Differentiable in all array arguments, once by reverse mode and then by any mode. With
     ``C = F̃ − F`` and ``P_i = r_i F̃_i ∘ (C_i − ⟨F̃_i, C_i⟩)``, the gradients are ``P k`` and
-    ``Pᵀ q``; for the reference, ``−R k0`` and ``−Rᵀ q0`` with ``R_i = r_i F_i ∘ (C_i − ⟨F_i, C_i⟩)``.
+    ``Pᵀ q``; for the reference, ``−R k0`` and ``−Rᵀ q0`` where ``R`` is ``P`` with ``F`` for ``F̃``.
     Only those asked for are computed.
 
     Works in row blocks: no ``n × n`` array outlives a block, and causal blocks skip most of what
@@ -110,10 +112,10 @@ def _check_kernel(q: Array, k: Array, q0: Array, k0: Array, row_weights: Array |
 class _Gradients(NamedTuple):
     """Gradients of the summed error; ``None`` where not asked for."""
 
-    q: Array | None
-    k: Array | None
-    q0: Array | None
-    k0: Array | None
+    q: Any
+    k: Any
+    q0: Any
+    k0: Any
     row_weights: Array
 
 
@@ -140,9 +142,7 @@ def _backward(
     if isinstance(cotangent, SymbolicZero):
         return (None,) * len(gradients)
     return tuple(
-        None
-        if g is None
-        else (g * cotangent.reshape(-1, *(1,) * (g.ndim - 1)).astype(g.dtype))
+        None if g is None else (g * cotangent.reshape(-1, *(1,) * (g.ndim - 1)).astype(g.dtype))
         for g in gradients
     )
 
@@ -172,48 +172,50 @@ def _one_head(
     k0: Array,
     weights: Array,
 ) -> tuple[Array, _Gradients]:
-    """Value and wanted gradients for one head: groups of row blocks, a scan inside each group."""
+    """Value and wanted gradients for one head, group of rows by group of rows."""
     n = q.shape[0]
-    want_q, want_k, want_q0, want_k0 = wanted
-    pieces_q, pieces_q0, pieces_weights = [], [], []
-    dk, dk0 = jnp.zeros(k.shape, weights.dtype), jnp.zeros(k0.shape, weights.dtype)
+    groups = []
     for start, blocks, rows in _row_groups(n, block_size, causal):
         stop = start + blocks * rows
         keys = stop if causal else n
-        block = partial(_block, causal, wanted, k[:keys], k0[:keys])
-
-        def step(carry: tuple[Array, ...], each: tuple[Array, ...], block=block) -> tuple:
-            (dk, dk0), out = carry, block(*each)
-            return (dk + out.k, dk0 + out.k0), (out.q, out.q0, out.row_weights)
-
-        each = [
+        each = tuple(
             a[start:stop].reshape(blocks, rows, *a.shape[1:])
             for a in (jnp.arange(n), q, q0, weights)
-        ]
-        zeros = [
-            jnp.zeros(a[:keys].shape if want else (), weights.dtype)
-            for a, want in ((k, want_k), (k0, want_k0))
-        ]
-        if blocks == 1:
-            (gk, gk0), (gq, gq0, gw) = step(tuple(zeros), tuple(a[0] for a in each))
-        else:
-            (gk, gk0), stacked = lax.scan(step, tuple(zeros), tuple(each))
-            gq, gq0, gw = (a.reshape(-1, *a.shape[2:]) for a in stacked)
-        pieces_q.append(gq)
-        pieces_q0.append(gq0)
-        pieces_weights.append(gw.reshape(-1))
-        dk = dk.at[:keys].add(gk) if want_k else dk
-        dk0 = dk0.at[:keys].add(gk0) if want_k0 else dk0
+        )
+        groups.append(_row_group(partial(_block, causal, wanted, k[:keys], k0[:keys]), each))
 
-    half_errors = jnp.concatenate(pieces_weights)
-    gradients = _Gradients(
-        q=jnp.concatenate(pieces_q).astype(q.dtype) if want_q else None,
-        k=dk.astype(k.dtype) if want_k else None,
-        q0=jnp.concatenate(pieces_q0).astype(q0.dtype) if want_q0 else None,
-        k0=dk0.astype(k0.dtype) if want_k0 else None,
-        row_weights=half_errors,
-    )
-    return jnp.sum(weights * half_errors), gradients
+    def rows_of(parts: list[Array], like: Array) -> Array:
+        return jnp.concatenate(parts).astype(like.dtype)
+
+    def keys_of(parts: list[Array], like: Array) -> Array:
+        padded = (jnp.pad(p, ((0, n - p.shape[0]), (0, 0))) for p in parts)
+        return sum(padded, start=jnp.zeros(like.shape, weights.dtype)).astype(like.dtype)
+
+    half_errors = rows_of([g.row_weights for g in groups], weights)
+    collected = [
+        gather([g[i] for g in groups], like) if want else None
+        for i, (want, gather, like) in enumerate(
+            zip(wanted, (rows_of, keys_of, rows_of, keys_of), (q, k, q0, k0), strict=True)
+        )
+    ]
+    return jnp.sum(weights * half_errors), _Gradients(*collected, row_weights=half_errors)
+
+
+def _row_group(block: Callable[..., _Gradients], each: tuple[Array, ...]) -> _Gradients:
+    """Run ``block`` over stacked blocks of rows, adding up what belongs to keys."""
+    if each[0].shape[0] == 1:
+        return block(*(a[0] for a in each))
+
+    def step(sums: tuple[Any, ...], rows: tuple[Array, ...]) -> tuple[tuple[Any, ...], Any]:
+        out = block(*rows)
+        return (sums[0] + out.k, sums[1] + out.k0), (out.q, out.q0, out.row_weights)
+
+    shapes = jax.eval_shape(block, *(a[0] for a in each))
+    zeros = tuple(jnp.zeros(s.shape, s.dtype) for s in (shapes.k, shapes.k0))
+    (dk, dk0), stacked = lax.scan(step, zeros, each)
+    # An unwanted gradient is a scalar zero for every block and stays a vector of zeros.
+    dq, dq0, half_errors = (a.reshape(-1, *a.shape[2:]) for a in stacked)
+    return _Gradients(dq, dk, dq0, dk0, half_errors)
 
 
 def _row_groups(n: int, block_size: int, causal: bool) -> list[tuple[int, int, int]]:
@@ -225,8 +227,7 @@ def _row_groups(n: int, block_size: int, causal: bool) -> list[tuple[int, int, i
     parts = min(blocks, _CAUSAL_GROUPS) if causal else 1
     bounds = [blocks * g // parts for g in range(parts + 1)]
     groups = [
-        (low * block_size, high - low, block_size)
-        for low, high in zip(bounds, bounds[1:], strict=False)
+        (low * block_size, high - low, block_size) for low, high in itertools.pairwise(bounds)
     ]
     return groups + ([(n - rest, 1, rest)] if rest else [])
 
@@ -258,7 +259,6 @@ def _block(
         r = -weights[:, None] * _through_softmax(target, difference)
         dq0 = contract("nm,me->ne", r.astype(k0.dtype), k0) if want_q0 else nothing
         dk0 = contract("nm,ne->me", r.astype(q0.dtype), q0) if want_k0 else nothing
-    # Scan stacks one entry a block: an unwanted gradient is a scalar zero there.
     return _Gradients(dq, dk, dq0, dk0, half_errors)
 
 

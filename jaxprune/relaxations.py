@@ -10,17 +10,19 @@ Weights are a pytree of matrices ``[d_in, d_out]``; variables and keep masks hav
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxprune.sparsity import Group, Sparsity, keep_mask
 
-Weights = PyTree[Float[Array, "_ _"]]
-KeepMasks = PyTree[Bool[Array, "_ _"]]
+Weights: TypeAlias = PyTree
+"""Pytree of float matrices ``[d_in, d_out]``."""
+KeepMasks: TypeAlias = PyTree
+"""Pytree of boolean matrices, True keeps."""
 Schedule = Callable[[Any], Any]
 """An optax schedule: a step count to a value."""
 
@@ -64,9 +66,7 @@ def _multiply(mask: PyTree, weights: Weights) -> Weights:
 def _keep_largest(group: Group) -> Callable[[PyTree, Weights, Sparsity], tuple[Weights, KeepMasks]]:
     """``finish`` of mask variables: the largest entries are kept, with their original weight."""
 
-    def finish(
-        variable: PyTree, weights: Weights, sparsity: Sparsity
-    ) -> tuple[Weights, KeepMasks]:
+    def finish(variable: PyTree, weights: Weights, sparsity: Sparsity) -> tuple[Weights, KeepMasks]:
         kept = round_scores(variable, sparsity, group)
         return apply_masks(weights, kept), kept
 
@@ -110,7 +110,9 @@ def sigmoid(
     schedule = temperature if callable(temperature) else lambda step: temperature
 
     def apply(variable: PyTree, weights: Weights, step: Int[Array, ""]) -> Weights:
-        return _multiply(jax.tree.map(lambda v: jax.nn.sigmoid(v / schedule(step)), variable), weights)
+        return _multiply(
+            jax.tree.map(lambda v: jax.nn.sigmoid(v / schedule(step)), variable), weights
+        )
 
     return Relaxation(
         init=lambda weights: jax.tree.map(lambda w: jnp.full_like(w, start), weights),
@@ -181,9 +183,7 @@ def gradual(
     def masks(variable: PyTree, sparsity: Sparsity, fraction: Any) -> KeepMasks:
         return round_scores(lax.stop_gradient(rank(variable)), sparsity, group, fraction)
 
-    def finish(
-        variable: PyTree, weights: Weights, sparsity: Sparsity
-    ) -> tuple[Weights, KeepMasks]:
+    def finish(variable: PyTree, weights: Weights, sparsity: Sparsity) -> tuple[Weights, KeepMasks]:
         kept = masks(variable, sparsity, 1.0)
         return apply_masks(variable, kept), kept
 
@@ -202,9 +202,7 @@ def fixed(keep_masks: KeepMasks) -> Relaxation:
     ``finish`` ignores its sparsity: the masks have decided.
     """
 
-    def finish(
-        variable: PyTree, weights: Weights, sparsity: Sparsity
-    ) -> tuple[Weights, KeepMasks]:
+    def finish(variable: PyTree, weights: Weights, sparsity: Sparsity) -> tuple[Weights, KeepMasks]:
         return apply_masks(variable, keep_masks), keep_masks
 
     return Relaxation(

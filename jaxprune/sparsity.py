@@ -82,7 +82,7 @@ class Sparsity:
                 raise
             except ValueError:
                 raise InputError(
-                    f"sparsity {value!r}: expected a removed fraction such as 0.5, or N:M such as 2:4"
+                    f"sparsity {value!r}: expected a removed fraction, 0.5, or N:M, 2:4"
                 ) from None
         if isinstance(value, jax.core.Tracer):
             return cls(value)

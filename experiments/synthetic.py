@@ -1,0 +1,431 @@
+"""The paper's synthetic experiment (Figure 2): pruning error against λ, n and the pruning ratio.
+
+Rows of the figure are k = 16 and 64 at d = 64; columns vary the regularisation λ, the number of
+tokens n and the ratio. Every error is shown twice: on the sequence the method was calibrated on,
+as in the paper, and on fresh sequences. Settings:
+
+  unit_variance  all entries of x, W_Q, W_K standard normal, as in the paper: attention is nearly
+                 one-hot (logits' standard deviation 64 sqrt(k))
+  soft           the same with the logits scaled to standard deviation 2
+  correlated     activations with covariance eigenvalues i^-1 and i^-2, logits of standard
+                 deviation 2, 32 calibration sequences
+
+Example:
+  python experiments/synthetic.py --k 16 --settings soft --seeds 3 --out runs/soft
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from jaxprune import plotting
+from jaxprune.cli import Flag, run_script
+from jaxprune.comparison import (
+    ALGORITHM1,
+    METHODS,
+    FusedProblem,
+    Outcome,
+    compare,
+    compare_algorithm1,
+)
+from jaxprune.errors import InputError
+from jaxprune.fused import DECAYS
+from jaxprune.runs import RunFolder, read_metrics, replacing
+from jaxprune.sparsity import Sparsity
+
+HELDOUT_SEQUENCES = 8
+SHOWN = (ALGORITHM1, *METHODS)
+
+
+class Setting(NamedTuple):
+    """How activations and weights are drawn."""
+
+    logits_std: float | None  # None: unit-variance weights, whatever logits that gives
+    exponents: tuple[float, ...]  # of the covariance's power law; 0 is isotropic
+    sequences: int  # to calibrate on
+    batch_size: int | None  # of Algorithm 1, whose cost grows with the sequences
+    lam: tuple[float, ...]  # the useful range follows the size of the weights
+
+
+SETTINGS = {
+    "unit_variance": Setting(None, (0.0,), 1, None, (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)),
+    "soft": Setting(2.0, (0.0,), 1, None, (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)),
+    "correlated": Setting(2.0, (1.0, 2.0), 32, 2, (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Error of pruned attention on synthetic data against λ, n and the pruning ratio (Figure 2).
+
+    Example: python experiments/synthetic.py --k 16 --settings soft --seeds 3 --out runs/soft
+    """
+
+    k: tuple[int, ...] = (16, 64)
+    """widths of a head; one row of the figure each"""
+    d: int = 64
+    """width of the model"""
+    n: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """tokens of a sequence; the one nearest 128 is used for the other two columns"""
+    lam: tuple[float, ...] = ()
+    """regularisation of Algorithm 1; six decades around the useful ones of each setting if left
+    out"""
+    ratio: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    """fractions removed; the one nearest 0.5 is used for the other two columns"""
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    """unit_variance, soft, correlated"""
+    seeds: int = 5
+    """independent draws of weights and activations"""
+    steps: int = 300
+    """gradient-descent steps of Algorithm 1"""
+    out: Path = Path("runs/synthetic")
+    """folder of the run"""
+    resume: Flag = False
+    """go on with the run in --out"""
+    redraw: Flag = False
+    """only draw figures and tables again from the metrics in --out"""
+
+    def check(self) -> None:
+        """Raise ``InputError`` for values that cannot work, before anything is computed."""
+        for name in ("k", "n", "ratio", "settings"):
+            if not getattr(self, name):
+                raise InputError(f"--{name}: expected at least one value")
+        for name, values in (("k", self.k), ("n", self.n), ("d", (self.d,))):
+            if min(values) < 1:
+                raise InputError(f"--{name} {min(values)}: expected 1 or more")
+        if self.seeds < 1 or self.steps < 1:
+            raise InputError("--seeds and --steps: expected 1 or more")
+        for ratio in self.ratio:
+            try:
+                Sparsity(ratio)
+            except InputError as error:
+                raise InputError(f"--ratio {ratio}: {error}") from None
+        for lam in self.lam:
+            if not 0 < lam < float("inf"):
+                raise InputError(f"--lam {lam}: expected a positive number")
+        for name in self.settings:
+            if name not in SETTINGS:
+                raise InputError(f"--settings {name}: expected some of {', '.join(SETTINGS)}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One point of the grid of settings, computed and saved as a whole."""
+
+    setting: str
+    exponent: float
+    k: int
+    n: int
+    base: bool  # all λ and ratios here; elsewhere the ratio nearest 0.5
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"{self.setting}-a{self.exponent:g}-k{self.k}-n{self.n}"
+
+    @property
+    def cost(self) -> float:
+        """Rough relative cost, for the progress bar's estimate."""
+        sequences = SETTINGS[self.setting].sequences
+        return (2.0 if self.base else 0.5) * (1 + sequences / 16) * (0.4 + (self.n / 128) ** 1.5)
+
+
+def nearest(values: Sequence[float], wanted: float) -> float:
+    """The value nearest to what is wanted."""
+    return min(values, key=lambda value: abs(value - wanted))
+
+
+def plan(config: Config) -> list[Part]:
+    """All parts; the base length comes first, because longer ones reuse its best step sizes."""
+    base = nearest(config.n, 128)
+    lengths = [base, *sorted(n for n in set(config.n) if n != base)]
+    return [
+        Part(setting, exponent, k, int(n), n == base)
+        for setting in config.settings
+        for exponent in SETTINGS[setting].exponents
+        for k in config.k
+        # With many sequences, the length of each is not what limits the calibration data.
+        for n in (lengths if SETTINGS[setting].sequences == 1 else [base])
+    ]
+
+
+@partial(jax.jit, static_argnames=("part", "d"))
+def draw_problem(seed: jax.Array, *, part: Part, d: int) -> FusedProblem:
+    """Weights and activations of one seed."""
+    setting = SETTINGS[part.setting]
+    keys = jax.random.split(jax.random.key(seed), 5)
+    wq, wk = (jax.random.normal(key, (d, part.k)) for key in keys[:2])
+    x = jax.random.normal(keys[2], (setting.sequences, part.n, d))
+    heldout = jax.random.normal(keys[3], (HELDOUT_SEQUENCES, part.n, d))
+    eigenvalues = jnp.arange(1, d + 1.0) ** -part.exponent
+    covariance = d * eigenvalues / eigenvalues.sum()
+    if part.exponent:
+        rotation, _ = jnp.linalg.qr(jax.random.normal(keys[4], (d, d)))
+        coloured = jnp.sqrt(covariance)[:, None] * rotation.T
+        x, heldout = x @ coloured, heldout @ coloured
+        wq_seen, wk_seen = (jnp.sqrt(covariance)[:, None] * (rotation.T @ w) for w in (wq, wk))
+    else:
+        wq_seen, wk_seen = wq, wk
+    if setting.logits_std is not None:
+        # Variance of the logit of two independent tokens: ‖C^½ W_Q W_Kᵀ C^½‖_F².
+        deviation = jnp.linalg.norm(wq_seen @ wk_seen.T)
+        wq = wq * (setting.logits_std / deviation)
+    return FusedProblem(x=x, x_heldout=heldout, wq=wq, wk=wk)
+
+
+def rows_of(
+    part: Part, method: str, ratios: Sequence[float], outcome: Outcome, **extra: object
+) -> list[dict]:
+    """Rows of metrics, one a seed and ratio; ``extra`` may hold arrays ``[seeds, ratios]``."""
+    rows = []
+    for seed, i in np.ndindex(outcome.calibration_error.shape):
+        row = {
+            "setting": part.setting,
+            "k": part.k,
+            "n": part.n,
+            "lam": None,
+            "ratio": ratios[i],
+            "method": method,
+            "seed": seed,
+            "calibration_error": float(outcome.calibration_error[seed, i]),
+            "heldout_error": float(outcome.heldout_error[seed, i]),
+            "stored_weights": int(outcome.stored_weights[seed, i]),
+            "exponent": part.exponent,
+            "learning_rate": None,
+        }
+        values = {
+            name: float(value[seed, i]) if isinstance(value, jax.Array) else value
+            for name, value in extra.items()
+        }
+        rows.append(row | values)
+    return rows
+
+
+def compute(part: Part, config: Config, pairs: list[tuple[float, list[float]]]) -> list[dict]:
+    """All rows of a part; ``pairs`` are λ with the step sizes to try for it."""
+    problems = jax.vmap(partial(draw_problem, part=part, d=config.d))(jnp.arange(config.seeds))
+    ratios = list(config.ratio) if part.base else [nearest(config.ratio, 0.5)]
+    rows = []
+    for lam, rates in pairs:
+        outcome, chosen = compare_algorithm1(
+            problems,
+            jnp.asarray(ratios),
+            jnp.full(config.seeds, lam),
+            jnp.tile(jnp.asarray(rates), (config.seeds, 1)),
+            steps=config.steps,
+            batch_size=SETTINGS[part.setting].batch_size,
+        )
+        rows += rows_of(part, ALGORITHM1, ratios, outcome, lam=lam, learning_rate=chosen)
+    for method in METHODS:
+        outcome = compare(problems, jnp.asarray(ratios), method=method)
+        rows += rows_of(part, method, ratios, outcome)
+    return rows
+
+
+def step_sizes(
+    part: Part, config: Config, base_rows: list[dict]
+) -> list[tuple[float, list[float]]]:
+    """λ and step sizes for Algorithm 1: the whole grid, or for long sequences the best of it.
+
+    Beyond the base length a run costs with the square of n, so only the three pairs of λ and
+    step size with the least mean calibration error at the base length are tried.
+    """
+    base = int(nearest(config.n, 128))
+    if part.n <= base:
+        lams = config.lam or SETTINGS[part.setting].lam
+        return [(lam, [decay / lam for decay in DECAYS]) for lam in lams]
+    seen = pd.DataFrame(base_rows)
+    ratio = nearest(config.ratio, 0.5)
+    seen = seen[(seen["method"] == ALGORITHM1) & (seen["ratio"] == ratio)]
+    best = seen.groupby("lam")["calibration_error"].mean().nsmallest(3).index
+    return [
+        (float(lam), [float(seen[seen["lam"] == lam]["learning_rate"].mode()[0])]) for lam in best
+    ]
+
+
+def choose_lambda(metrics: pd.DataFrame) -> pd.DataFrame:
+    """For Algorithm 1 keep, of every seed and point, the λ of least calibration error."""
+    point = ["setting", "exponent", "k", "n", "ratio", "method", "seed"]
+    return metrics.loc[metrics.groupby(point)["calibration_error"].idxmin()]
+
+
+def summary(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard error over seeds at the base length and ratio."""
+    chosen = choose_lambda(metrics)
+    n, ratio = nearest(chosen["n"].unique(), 128), nearest(chosen["ratio"].unique(), 0.5)
+    at = chosen[(chosen["n"] == n) & (chosen["ratio"] == ratio)]
+    groups = at.groupby(["setting", "exponent", "k", "method"], sort=False)
+    return groups.agg(
+        calibration=("calibration_error", "mean"),
+        calibration_se=("calibration_error", "sem"),
+        heldout=("heldout_error", "mean"),
+        heldout_se=("heldout_error", "sem"),
+        stored_weights=("stored_weights", "mean"),
+        seeds=("seed", "nunique"),
+    ).reset_index()
+
+
+def equal_storage(metrics: pd.DataFrame, tolerance: float = 0.03) -> pd.DataFrame:
+    """Held-out errors of fused and separate pruning that store the same number of weights.
+
+    Each ratio of Wanda and SparseGPT on W_Q, W_K is set beside the fused ratio whose number of
+    stored weights is nearest, where one is within ``tolerance``.
+    """
+    chosen = choose_lambda(metrics)
+    chosen = chosen[chosen["n"] == nearest(chosen["n"].unique(), 128)]
+    point = ["setting", "exponent", "k", "method", "ratio"]
+    mean = chosen.groupby(point, sort=False)[["heldout_error", "stored_weights"]].mean()
+    mean = mean.reset_index()
+    rows = []
+    for (setting, exponent, k), here in mean.groupby(["setting", "exponent", "k"], sort=False):
+        separate = here[here["method"] == "wanda"].set_index("ratio")
+        fused = here[here["method"] == "descent"].set_index("ratio")
+        for ratio, stored in separate["stored_weights"].items():
+            distance = (fused["stored_weights"] - stored).abs() / max(stored, 1)
+            if distance.min() > tolerance:
+                continue
+            at = {"wanda": ratio, "sparsegpt": ratio}
+            errors = {
+                method: here[
+                    (here["method"] == method)
+                    & (here["ratio"] == at.get(method, distance.idxmin()))
+                ]["heldout_error"].item()
+                for method in SHOWN
+            }
+            rows.append(
+                {
+                    "setting": setting,
+                    "exponent": exponent,
+                    "k": k,
+                    "stored_weights": round(stored),
+                    "separate_ratio": ratio,
+                    "fused_ratio": distance.idxmin(),
+                    **errors,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def draw(metrics: pd.DataFrame, folder: Path) -> None:
+    """One figure for every setting and exponent."""
+    for (setting, exponent), frame in metrics.groupby(["setting", "exponent"], sort=False):
+        name = f"figure2_{setting}" + (f"_{exponent:g}" if exponent else "")
+        plotting.save(figure2(frame, f"{setting}, covariance exponent {exponent:g}"), folder, name)
+
+
+def figure2(frame: pd.DataFrame, title: str) -> plt.Figure:
+    """Rows: k, calibration above held-out. Columns: λ, n, ratio."""
+    n, ratio = nearest(frame["n"].unique(), 128), nearest(frame["ratio"].unique(), 0.5)
+    chosen = choose_lambda(frame)
+    columns = [
+        ("lam", "regularisation λ", frame[(frame["n"] == n) & (frame["ratio"] == ratio)]),
+        ("n", "tokens n", chosen[chosen["ratio"] == ratio]),
+        ("ratio", "pruning ratio ρ", chosen[chosen["n"] == n]),
+    ]
+    columns = [c for c in columns if c[2][c[0]].nunique() > 1]
+    widths = sorted(frame["k"].unique())
+    measures = [("calibration_error", "calibration"), ("heldout_error", "held-out")]
+    figure, axes = plt.subplots(
+        2 * len(widths),
+        len(columns) or 1,
+        figsize=(3.4 * (len(columns) or 1), 2.4 * 2 * len(widths)),
+        squeeze=False,
+        sharey=True,
+        sharex="col",
+    )
+    for row, (k, (measure, label)) in enumerate((k, m) for k in widths for m in measures):
+        for (x, x_label, data), cell in zip(columns, axes[row], strict=False):
+            here = data[data["k"] == k]
+            cell.set_yscale("log")
+            if x != "ratio":
+                cell.set_xscale("log", base=10 if x == "lam" else 2)
+            cell.set_xlim(_limits(here[x], log=x != "ratio"))
+            plotting.curves(cell, here, x, measure, SHOWN)
+            if row == 2 * len(widths) - 1:
+                cell.set_xlabel(x_label)
+        axes[row, 0].set_ylabel(f"k = {k}\n{label}\nrelative error")
+    figure.suptitle(
+        f"{title}: columns at n = {n}, ρ = {ratio:g}; mean ± standard error of "
+        f"{frame['seed'].nunique()} seeds",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    plotting.legend_below(figure, axes[0, 0])
+    return figure
+
+
+def _limits(values: pd.Series, *, log: bool) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    if log:
+        return low / 1.3, high * 1.3
+    return low - 0.02, high + 0.02
+
+
+def report(metrics: pd.DataFrame, run_folder: Path) -> None:
+    """Figures, tables as CSV and Markdown, and the tables on the terminal."""
+    figures = run_folder / "figures"
+    figures.mkdir(exist_ok=True)
+    draw(metrics, figures)
+    text = []
+    for name, title, table in (
+        ("summary", "Equal ratio: relative error, mean and standard error", summary(metrics)),
+        ("equal_storage", "Equal stored weights: held-out error", equal_storage(metrics)),
+    ):
+        with replacing(run_folder / f"{name}.csv") as partial_file:
+            table.to_csv(partial_file, index=False)
+        shown = table.to_markdown(index=False, floatfmt=".4g") if len(table) else "(none match)"
+        text.append(f"## {title}\n\n{shown}\n")
+    with replacing(run_folder / "tables.md") as partial_file:
+        partial_file.write_text("\n".join(text))
+    print("\n".join(text))
+    print(f"metrics, tables and figures: {run_folder}")
+
+
+def body(config: Config) -> None:
+    """Run, or redraw."""
+    if config.redraw:
+        report(read_metrics(config.out), config.out)
+        return
+    config.check()
+    with RunFolder(config.out, config, resume=config.resume) as run:
+        parts = plan(config)
+        rows: list[dict] = []
+        of_base: dict[tuple, list[dict]] = {}
+        total = sum(part.cost for part in parts)
+        form = "{l_bar}{bar}| {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
+        with tqdm(total=total, unit="work", bar_format=form) as bar:
+            for part in parts:
+                bar.set_postfix_str(part.name)
+                curve = (part.setting, part.exponent, part.k)
+                done = run.finished(part.name)
+                pairs = step_sizes(part, config, of_base.get(curve, []))
+                new = run.part(part.name, partial(compute, part, config, pairs))
+                if part.base:
+                    of_base[curve] = new
+                rows += new
+                if done:  # read back, not computed: it says nothing about the rate
+                    bar.initial += part.cost
+                bar.update(part.cost)
+        metrics = run.write_metrics(rows)
+    report(metrics, config.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run_script(Config, body, argv, "synthetic.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
