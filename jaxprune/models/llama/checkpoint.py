@@ -176,6 +176,7 @@ def write_new(model: Llama, folder: Path, dtype: Any, **settings: Any) -> None:
     }
     # `transformers` asks for this entry.
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    (folder / SINGLE_FILE).chmod(0o644)  # the library writes for the owner alone
     named = {**model.config.to_json(), "torch_dtype": jnp.dtype(dtype).name, **settings}
     runs.write_json(folder / "config.json", named)
 

@@ -1,0 +1,216 @@
+"""The Llama against ``transformers``, through golden files, and against itself."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune.errors import InputError
+from jaxprune.models import llama
+from jaxprune.models.llama.modeling import INPUT_OF, block_shapes, run_blocks
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = sorted(folder.parent.name for folder in GOLDEN.glob("*/config.json"))
+
+SMALL = llama.LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    rms_norm_eps=1e-5,
+    rope_scaling=llama.Llama3Scaling(8.0, 1.0, 4.0, 16),
+)
+TOKENS = np.random.default_rng(0).integers(0, 40, (2, 24)).astype(np.int32)
+
+
+def random_llama(config, dtype=jnp.float32):
+    """Weights large enough for attention to be far from uniform."""
+    model = llama.Llama(config, key=jax.random.key(0), dtype=dtype)
+    model.blocks.set_value(
+        jax.tree.map(lambda a: a if a.ndim == 2 else 15 * a, model.blocks.get_value())
+    )
+    return model
+
+
+def test_there_are_golden_cases():
+    assert len(CASES) >= 8
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_every_block_equal_those_of_transformers(case):
+    model, expected = llama.load(GOLDEN / case), np.load(GOLDEN / case / "expected.npz")
+    tokens = expected["tokens"]
+    np.testing.assert_allclose(model(tokens), expected["logits"], rtol=0, atol=1e-4)
+
+    hidden = model.embed(tokens)
+    for layer in range(model.config.num_hidden_layers):
+        np.testing.assert_allclose(hidden, expected[f"hidden_{layer}"], rtol=0, atol=1e-4)
+        hidden, inputs = llama.block(model.block_weights(layer), hidden, model.config)
+        for name, value in inputs._asdict().items():
+            np.testing.assert_allclose(value, expected[f"{name}_{layer}"], rtol=0, atol=1e-4)
+    last = expected[f"hidden_{model.config.num_hidden_layers}"]
+    np.testing.assert_allclose(hidden, last, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rotary_frequencies_are_those_of_transformers(case):
+    expected = np.load(GOLDEN / case / "expected.npz")["inverse_frequencies"]
+    frequencies = llama.inverse_frequencies(llama.load_config(GOLDEN / case))
+    assert frequencies.dtype == np.float32
+    np.testing.assert_allclose(frequencies, expected, rtol=2e-7)
+
+
+def test_llama_3_scaling_changes_17_of_the_32_frequencies_of_the_1b_model():
+    config = llama.LlamaConfig(
+        128256,
+        2048,
+        8192,
+        16,
+        32,
+        8,
+        64,
+        rope_theta=500000.0,
+        rope_scaling=llama.Llama3Scaling(32.0, 1.0, 4.0, 8192),
+    )
+    plain = llama.inverse_frequencies(dataclasses.replace(config, rope_scaling=None))
+    assert (plain != llama.inverse_frequencies(config)).sum() == 17
+
+
+def test_jit_equals_eager_and_a_second_call_does_not_compile():
+    model = random_llama(SMALL)
+    logits = jax.jit(lambda model, tokens: model(tokens))
+    np.testing.assert_allclose(logits(model, TOKENS), model(TOKENS), rtol=0, atol=1e-5)
+    logits(random_llama(SMALL), TOKENS + 0)
+    assert logits._cache_size() == 1
+
+
+def test_later_tokens_do_not_change_earlier_logits():
+    model = random_llama(SMALL)
+    changed = TOKENS.copy()
+    changed[:, 10:] = (changed[:, 10:] + 1) % 40
+    before, after = model(TOKENS), model(changed)
+    np.testing.assert_allclose(before[:, :10], after[:, :10], rtol=0, atol=1e-5)
+    assert not np.allclose(before[:, 10:], after[:, 10:], atol=1e-3)
+
+
+def test_blocks_of_rows_and_of_heads_compute_the_same(monkeypatch):
+    model = random_llama(SMALL)
+    whole = model(TOKENS)
+    for entries in (1, 24 * 7, 24 * 48, 24 * 48 * 3):
+        monkeypatch.setattr("jaxprune.models.llama.modeling.BLOCK_ENTRIES", entries)
+        np.testing.assert_allclose(model(TOKENS), whole, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_is_near_float32():
+    exact = random_llama(SMALL)(TOKENS)
+    rounded = random_llama(SMALL, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype(jnp.bfloat16)}
+    logits = rounded(TOKENS)
+    assert logits.dtype == jnp.float32
+    assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("layers", [None, (), (1,), (2, 0)])
+def test_activations_are_the_attention_inputs_of_the_layers_asked_for(layers):
+    model = random_llama(SMALL)
+    found = model.activations(TOKENS, layers)
+    layers = range(3) if layers is None else layers
+    assert found.shape == (len(layers), *TOKENS.shape, 16)
+    for layer, x in zip(layers, found, strict=True):
+        below = jax.tree.map(lambda a, top=layer: a[:top], model.blocks.get_value())
+        hidden = model.embed(TOKENS)
+        if layer:
+            hidden, _ = run_blocks(below, hidden, SMALL)
+        expected = llama.block(model.block_weights(layer), hidden, SMALL)[1].attention
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5)
+
+
+def test_there_is_no_block_beyond_the_last():
+    with pytest.raises(InputError, match="no block 3, only 0 to 2"):
+        random_llama(SMALL).activations(TOKENS, (0, 3))
+
+
+def test_one_capture_costs_no_memory_for_the_others():
+    config = dataclasses.replace(SMALL, num_hidden_layers=40)
+    model = random_llama(config)
+
+    def peak(layers):
+        captured = jax.jit(lambda model, tokens: model.activations(tokens, layers))
+        memory = captured.lower(model, TOKENS).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    size = TOKENS.size * config.hidden_size * 4
+    assert peak(tuple(range(40))) - peak((20,)) > 30 * size
+
+
+def test_a_block_takes_replaced_weights():
+    model = random_llama(SMALL)
+    weights, hidden = model.block_weights(1), model.embed(TOKENS)
+    dense, inputs = llama.block(weights, hidden, SMALL)
+    for name, field in INPUT_OF.items():
+        shape = getattr(block_shapes(SMALL), name)
+        assert getattr(inputs, field).shape == (*TOKENS.shape, shape[0])
+        changed, _ = llama.block(
+            weights._replace(**{name: 0 * getattr(weights, name)}), hidden, SMALL
+        )
+        assert not np.allclose(dense, changed, atol=1e-4)
+
+
+CHANGES = {
+    "vocab_size": 41,
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-2,
+    "rope_theta": 500.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+    "rope_scaling.factor": 2.0,
+    "rope_scaling.low_freq_factor": 2.0,
+    "rope_scaling.high_freq_factor": 8.0,
+    "rope_scaling.original_max_position_embeddings": 64,
+}
+
+
+def test_every_setting_is_varied():
+    fields = [field.name for field in dataclasses.fields(llama.LlamaConfig)]
+    scaling = [f"rope_scaling.{f.name}" for f in dataclasses.fields(llama.Llama3Scaling)]
+    assert sorted(CHANGES) == sorted(fields + scaling)
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_setting_changes_the_output(field):
+    name, _, inner = field.partition(".")
+    value = CHANGES[field]
+    if inner:
+        value = dataclasses.replace(SMALL.rope_scaling, **{inner: value})
+    changed = random_llama(dataclasses.replace(SMALL, **{name: value}))(TOKENS)
+    logits = random_llama(SMALL)(TOKENS)
+    assert changed.shape != logits.shape or not np.allclose(changed, logits, atol=1e-4)
+
+
+def test_stories_continues_as_its_card_says(shared):
+    import tokenizers
+
+    folder = shared / "models" / "stories260K"
+    model = llama.load(folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode("Once upon a time").ids
+    logits = jax.jit(lambda model, tokens: model(tokens))
+    for _ in range(60):
+        padded = np.zeros((1, 80), np.int32)
+        padded[0, : len(ids)] = ids
+        ids.append(int(logits(model, padded)[0, len(ids) - 1].argmax()))
+    assert tokenizer.decode(ids).startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
+        "park. One day, she saw a big, red ball. She wanted to play with it, but it was too high."
+    )
