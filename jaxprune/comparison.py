@@ -29,8 +29,8 @@ class FusedProblem:
     """One head: activations to calibrate on and to judge by, and its two projections.
 
     Attributes:
-      x: calibration activations.
-      x_heldout: activations that no method sees.
+      x: calibration activations; without the leading axis where all problems share them.
+      x_heldout: activations that no method sees, likewise.
       wq: query projection, the scale ``1/√k`` included where there is one.
       wk: key projection.
     """
@@ -114,11 +114,16 @@ def compare(problems: FusedProblem, ratios: Float[Array, " r"], *, method: str) 
     return _judge(problems, *_prune(problems.x, weights, ratios, method=method))
 
 
+def _problem_axis(x: Array) -> int | None:
+    """Axis of problems of activations: none where they are shared, ``[b, n, d]``."""
+    return 0 if x.ndim == 4 else None
+
+
 @partial(jax.jit, static_argnames="method")
 def _prune(x: Array, weights: tuple[Array, ...], ratios: Array, *, method: str) -> Pruned:
     prune = (_ON_PROJECTIONS | _ON_FUSED)[method]
     over_ratios = jax.vmap(lambda x, weights, r: prune(x, *weights, r), (None, None, 0))
-    return jax.vmap(over_ratios, (0, 0, None))(x, weights, ratios)
+    return jax.vmap(over_ratios, (_problem_axis(x), 0, None))(x, weights, ratios)
 
 
 def _judge(problems: FusedProblem, weight: Array, keep_masks: tuple[Array, ...]) -> Outcome:
@@ -134,7 +139,10 @@ def _errors(x: Array, x_heldout: Array, w: Array, pruned: Array) -> tuple[Array,
     def one(x: Array, w: Array, pruned: Array) -> Array:
         return jax.lax.map(partial(relative_error, x, w), pruned)
 
-    return jax.vmap(one)(x, w, pruned), jax.vmap(one)(x_heldout, w, pruned)
+    return (
+        jax.vmap(one, (_problem_axis(x), 0, 0))(x, w, pruned),
+        jax.vmap(one, (_problem_axis(x_heldout), 0, 0))(x_heldout, w, pruned),
+    )
 
 
 def compare_algorithm1(
@@ -204,4 +212,4 @@ def _algorithm1(
 
         return jax.vmap(at_ratio)(ratios)
 
-    return jax.vmap(one)(x, w, lam, rates)
+    return jax.vmap(one, (_problem_axis(x), 0, 0, 0))(x, w, lam, rates)

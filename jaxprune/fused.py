@@ -261,10 +261,6 @@ def _paper(
     causal: bool,
 ) -> PrunedAttention:
     """Algorithm 1 at every point of the grid that is left open; the best one is returned."""
-    data = fused_data(x, w, row_weights)
-    gradient_at_zero = jax.grad(lambda mask: _objective(mask * w, data, causal=causal))(
-        jnp.zeros_like(w)
-    )
 
     def one(lam: Array, rate: Array) -> PrunedAttention:
         found = algorithm1(
@@ -281,7 +277,8 @@ def _paper(
         )
         return _result(found, x, w, row_weights, lam, rate, causal)
 
-    grid = jax.vmap(one)(*algorithm1_grid(gradient_at_zero, lam, learning_rate))
+    lams, rates = algorithm1_grid(x, w, lam, learning_rate, causal=causal, row_weights=row_weights)
+    grid = jax.vmap(one)(lams.reshape(-1), rates.reshape(-1))
     # NaN (a diverged run whose mask is not finite) must not win.
     errors = jnp.where(jnp.isnan(grid.calibration_error), jnp.inf, grid.calibration_error)
     chosen = jnp.argmin(errors)
@@ -356,21 +353,33 @@ def _result(
 
 
 def algorithm1_grid(
-    gradient_at_zero: Float[Array, "d d"],
-    lam: ArrayLike | None,
-    learning_rate: ArrayLike | None,
-) -> tuple[Float[Array, " grid"], Float[Array, " grid"]]:
+    x: Float[Array, "b n d"],
+    w: Float[Array, "d d"],
+    lam: ArrayLike | None = None,
+    learning_rate: ArrayLike | None = None,
+    *,
+    causal: bool = True,
+    row_weights: Float[Array, "b n"] | None = None,
+) -> tuple[Float[Array, "lams rates"], Float[Array, "lams rates"]]:
     """λ and step sizes for Algorithm 1 to try: what is given, else grids that follow the scale.
 
-    Useful λ are comparable to the gradient of the error term, whose size is that of ``∇L(0)`` at
-    λ = 0; with ``η = c/λ`` the regulariser alone shrinks a mask entry by a fraction ``c`` a step.
+    Useful λ are comparable to the gradient of the error term, whose size is that of its value at
+    ``M = 0``; with ``η = c/λ`` the regulariser alone shrinks a mask entry by ``c`` in a step.
 
     Args:
-      gradient_at_zero: gradient of the error term at ``M = 0``.
-      lam: λ, or ``None`` for multiples of the root mean square of ``gradient_at_zero``.
+      x: calibration activations.
+      w: fused weight.
+      lam: λ, or ``None`` for multiples of the root mean square of the gradient at ``M = 0``.
       learning_rate: η, or ``None`` for a few ``c/λ``.
+      causal: see ``prune_attention``.
+      row_weights: see ``prune_attention``.
+
+    Returns:
+      λ and η of every point of the grid.
     """
-    scale = jnp.sqrt(jnp.mean(gradient_at_zero**2))
+    data = fused_data(x, w, _all_rows(x, row_weights))
+    gradient = jax.grad(lambda mask: _objective(mask * w, data, causal=causal))(jnp.zeros_like(w))
+    scale = jnp.sqrt(jnp.mean(gradient**2))
     scale = jnp.where(scale > 0, scale, 1.0)
     if lam is None:
         lams = scale * jnp.asarray(_LAMBDA_MULTIPLES, scale.dtype)
@@ -381,7 +390,7 @@ def algorithm1_grid(
         rates = decays / jnp.maximum(lams, _LAMBDA_MULTIPLES[0] * scale)[:, None]
     else:
         rates = jnp.full((lams.size, 1), learning_rate, scale.dtype)
-    return jnp.repeat(lams, rates.shape[1]), rates.reshape(-1)
+    return jnp.broadcast_to(lams[:, None], rates.shape), rates
 
 
 def _weighted_row_errors(w: Array, data: PyTree, causal: bool) -> Float[Array, " rows"]:

@@ -192,13 +192,14 @@ def _one_head(
         return sum(padded, start=jnp.zeros(like.shape, weights.dtype)).astype(like.dtype)
 
     half_errors = rows_of([g.row_weights for g in groups], weights)
-    collected = [
+    collected: list[Any] = [
         gather([g[i] for g in groups], like) if want else None
         for i, (want, gather, like) in enumerate(
             zip(wanted, (rows_of, keys_of, rows_of, keys_of), (q, k, q0, k0), strict=True)
         )
     ]
-    return jnp.sum(weights * half_errors), _Gradients(*collected, row_weights=half_errors)
+    dq, dk, dq0, dk0 = collected
+    return jnp.sum(weights * half_errors), _Gradients(dq, dk, dq0, dk0, half_errors)
 
 
 def _row_group(block: Callable[..., _Gradients], each: tuple[Array, ...]) -> _Gradients:

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import filelock
 import jax
+import numpy as np
 import pandas as pd
 
 from jaxprune.errors import InputError
@@ -78,6 +79,12 @@ def configuration(config: Any) -> dict[str, Any]:
     for where in ("out", "resume"):
         fields.pop(where, None)
     return cast(dict[str, Any], json.loads(json.dumps(fields, default=str)))
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays as a compressed ``.npz``, whole or not at all."""
+    with replacing(path) as partial:
+        np.savez_compressed(partial, **arrays)
 
 
 def check_writable(out: Path, flag: str = "--out") -> None:
@@ -173,6 +180,10 @@ class RunFolder:
         if not file.exists():
             write_json(file, list(compute()))
         return cast(list[dict], json.loads(file.read_text()))
+
+    def part_file(self, name: str) -> Path:
+        """Where a part may keep arrays (``.npz``) beside its rows; write them first."""
+        return self._parts / f"{name}.npz"
 
     def write_metrics(self, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         """Write ``metrics.csv``, the truth that tables and figures are drawn from."""
