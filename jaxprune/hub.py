@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxprune.errors import InputError
 
@@ -44,28 +45,30 @@ def fetch_dataset_file(repository: str, name: str) -> Path:
 @contextlib.contextmanager
 def _one_line_errors(what: str) -> Iterator[None]:
     try:
-        import httpx
         import huggingface_hub
+        from huggingface_hub import errors
     except ImportError:
         raise InputError(
             f"{what}: no such folder or file here, and reading from the hub needs "
             "`pip install 'jaxprune[hub]'`"
         ) from None
+    # The HTTP library differs between versions of the client; its errors are the base of theirs.
+    http_error: Any = errors.HfHubHTTPError.__mro__[1]
     # The client logs every retry; the one line below says it once.
     verbosity = huggingface_hub.logging.get_verbosity()
     huggingface_hub.logging.set_verbosity_error()
     try:
         yield
-    except huggingface_hub.errors.GatedRepoError:
+    except errors.GatedRepoError:
         raise InputError(
             f"{what}: the hub asks for permission; accept its terms there and run `hf auth login`"
         ) from None
-    except huggingface_hub.errors.RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise InputError(f"{what}: no such folder or file here, nor on the hub") from None
-    except (OSError, ValueError, httpx.HTTPError, huggingface_hub.errors.EntryNotFoundError) as e:
+    except (OSError, ValueError, http_error, errors.EntryNotFoundError) as error:
         raise InputError(
             f"{what}: no such folder or file here, and the hub did not give it "
-            f"({type(e).__name__}); check the name and the network, or give a local folder or file"
+            f"({type(error).__name__}); check the name and the network, or give a local path"
         ) from None
     finally:
         huggingface_hub.logging.set_verbosity(verbosity)

@@ -117,7 +117,8 @@ def load(folder: Path, dtype: Any = jnp.float32) -> Llama:
         if layer is None:
             arrays[path] = _converted(tensor, dtype, transposed)
         else:
-            arrays[path] = _placed(arrays[path], tensor, layer, transposed)
+            # Waiting keeps the tensors of calls that are merely queued from piling up.
+            arrays[path] = _placed(arrays[path], tensor, layer, transposed).block_until_ready()
     _set_arrays(model, arrays)
     return model
 
