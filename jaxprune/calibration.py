@@ -7,16 +7,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxprune.errors import InputError
 from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.models.llama.modeling import BlockWeights, Llama, block, rms_norm
+from jaxprune.models.llama.modeling import BlockWeights, Llama, Tokens, block, rms_norm
 
 
 def attention_inputs(
-    model: Llama, tokens: Int[Array, "w n"] | Int[np.ndarray, "w n"], *, batch: int = 8
+    model: Llama, tokens: Tokens, *, batch: int = 8
 ) -> Iterator[Float[Array, "w n d"]]:
     """Yield what W_Q, W_K and W_V are applied to, one block after the other.
 
@@ -31,7 +30,7 @@ def attention_inputs(
     Raises:
       InputError: the batch is empty.
     """
-    hidden = model.embed(jnp.asarray(tokens))
+    hidden = model.embed(tokens)
     for layer in range(model.config.num_hidden_layers):
         weights = model.block_weights(layer)
         yield rms_norm(hidden, weights.attention_norm, model.config.rms_norm_eps)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import io
 import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from jaxprune import hub
 from jaxprune.errors import InputError
@@ -133,7 +133,7 @@ def _readable(file: Path) -> Iterator[None]:
         raise InputError(f"{file}: cannot be read ({error})") from None
 
 
-def _open(file: Path) -> IO[str]:
+def _open(file: Path) -> io.TextIOWrapper:
     if file.suffix == ".gz":
         return gzip.open(file, "rt", encoding="utf-8")
     return file.open(encoding="utf-8")

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from jaxprune.data import Windows
 from jaxprune.errors import InputError
-from jaxprune.models.llama.modeling import Llama
+from jaxprune.models.llama.modeling import Llama, Tokens
 
 
 def evaluate(model: Llama, windows: Windows, *, batch: int = 8) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def evaluate(model: Llama, windows: Windows, *, batch: int = 8) -> dict[str, Any
 
 
 @jax.jit
-def window_losses(model: Llama, tokens: Int[Array, "b n"]) -> Float[Array, " b"]:
+def window_losses(model: Llama, tokens: Tokens) -> Float[Array, " b"]:
     """Mean cross-entropy of the next token in every window, in nats, float32.
 
     Logits are held for one window at a time.

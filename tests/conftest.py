@@ -3,16 +3,43 @@
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
+import jax
+import jaxtyping
 import pytest
 import tokenizers
+
+# Shapes and types of every annotated function are checked in tests.
+jaxtyping.install_import_hook("jaxprune", "beartype.beartype")
 
 # Read by the hub's client when it is imported: whatever it is asked for is not there.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden"
+
+
+@pytest.fixture
+def key():
+    """The one source of randomness in JAX code of a test."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def unchecked():
+    """No type checks for the length of a test: shapes are wrong as a user's would be."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def x64():
+    """Float64 for the length of a test."""
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +51,7 @@ def script():
             f"script_{name}", REPOSITORY / "experiments" / f"{name}.py"
         )
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)
         return module
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
@@ -94,7 +95,7 @@ def load_config(folder: Path) -> LlamaConfig:
     return _match(folder)[0]
 
 
-def load(folder: Path, dtype: Any = jnp.float32) -> Llama:
+def load(folder: Path, dtype: DTypeLike = jnp.float32) -> Llama:
     """The model in a checkpoint folder (see ``files.locate`` for names of other kinds).
 
     Args:
@@ -162,7 +163,7 @@ def write_weights(model: Llama, source: Path, folder: Path) -> None:
                         replace(name, merged)
 
 
-def write_new(model: Llama, folder: Path, dtype: Any, **settings: Any) -> None:
+def write_new(model: Llama, folder: Path, dtype: DTypeLike, **settings: Any) -> None:
     """Write a model that comes from no checkpoint: config.json and one safetensors file.
 
     Args:
@@ -182,7 +183,7 @@ def write_new(model: Llama, folder: Path, dtype: Any, **settings: Any) -> None:
     runs.write_json(folder / "config.json", named)
 
 
-def abstract_model(config: LlamaConfig, dtype: Any) -> Llama:
+def abstract_model(config: LlamaConfig, dtype: DTypeLike) -> Llama:
     """A ``Llama`` of shapes and types without numbers."""
     return nnx.eval_shape(lambda: Llama(config, key=jax.random.key(0), dtype=dtype))
 
@@ -204,13 +205,13 @@ def _set_arrays(model: Llama, arrays: dict[str, Array]) -> None:
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _placed(stack: Array, tensor: Array, layer: int, transposed: bool) -> Array:
+def _placed(stack: Array, tensor: Array, layer: Array, transposed: bool) -> Array:
     """``stack`` with one block's tensor in its place; the old stack's memory is used."""
     return stack.at[layer].set(_converted(tensor, stack.dtype, transposed))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _converted(tensor: Array, dtype: Any, transposed: bool) -> Array:
+def _converted(tensor: Array, dtype: DTypeLike, transposed: bool) -> Array:
     return (tensor.T if transposed else tensor).astype(dtype)
 
 

@@ -17,8 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxprune.attention import (
@@ -30,6 +32,8 @@ from jaxprune.attention import (
 )
 from jaxprune.errors import InputError
 from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
+
+Tokens = Int[Array, "b n"] | Int[np.ndarray, "b n"]
 
 
 class BlockWeights(NamedTuple):
@@ -99,7 +103,7 @@ class Llama(nnx.Module):
     """
 
     def __init__(
-        self, config: LlamaConfig, *, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32
+        self, config: LlamaConfig, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32
     ) -> None:
         self.config = config
 
@@ -121,15 +125,15 @@ class Llama(nnx.Module):
             else nnx.Param(normal(names + 1, (d, config.vocab_size)))
         )
 
-    def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n v"]:
+    def __call__(self, tokens: Tokens) -> Float[Array, "b n v"]:
         """Logits of the next token at every position, float32."""
         return self.head(self.hidden_states(tokens))
 
-    def embed(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+    def embed(self, tokens: Tokens) -> Float[Array, "b n d"]:
         """Hidden states before the first block."""
         return self.embedding.get_value()[tokens]
 
-    def hidden_states(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+    def hidden_states(self, tokens: Tokens) -> Float[Array, "b n d"]:
         """Hidden states after the last block, what ``head`` takes."""
         return run_blocks(self.blocks.get_value(), self.embed(tokens), self.config)[0]
 
@@ -141,7 +145,7 @@ class Llama(nnx.Module):
         return contract("...nd,dv->...nv", x, self.lm_head.get_value())
 
     def activations(
-        self, tokens: Int[Array, "b n"], layers: Sequence[int] | None = None
+        self, tokens: Tokens, layers: Sequence[int] | None = None
     ) -> Float[Array, "l b n d"]:
         """What W_Q, W_K and W_V of the chosen blocks are applied to; nothing else is kept.
 

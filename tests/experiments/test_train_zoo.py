@@ -1,0 +1,80 @@
+"""experiments/train_zoo.py: the same model however often it was interrupted, and its parts."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+
+from jaxprune.models import llama
+from jaxprune.models.tokenizer import Tokenizer
+
+WORDS = "a matrix is masked by descent and the softmax sees what remains of every row"
+FLAGS = ["--steps", "6", "--batch", "2", "--seqlen", "16", "--layers", "1", "--save-every", "2"]
+FLAGS += ["--warmup", "2", "--evaluation-characters", "900", "--calibration-characters", "900"]
+
+
+def documents():
+    draw = random.Random(0)
+    for number in range(30):
+        paragraphs = [" ".join(draw.choices(WORDS.split(), k=12)) for _ in range(5)]
+        yield f"document {number}", "\n\n".join([*paragraphs, "Short.", "Repeated. " * 9])
+
+
+@pytest.fixture
+def zoo(script, monkeypatch):
+    module = script("train_zoo")
+    monkeypatch.setattr(module, "documents", documents)
+    return module
+
+
+def test_texts_share_only_short_paragraphs(zoo):
+    config = zoo.ZooConfig(evaluation_characters=900, calibration_characters=900)
+    texts = zoo.split_texts(config)
+    assert texts == zoo.split_texts(config)
+    parts = [{part for part in text.split("\n\n") if len(part) >= 40} for text in texts.values()]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 30 * 5 + 1
+    assert sum(text.count("Short.") for text in texts.values()) == 30
+    for split in ("evaluation", "calibration"):
+        assert 900 <= len(texts[split]) < 2000
+
+
+def test_an_interrupted_run_ends_with_the_same_model(zoo, tmp_path, monkeypatch, capsys):
+    assert zoo.main([*FLAGS, "--out", str(tmp_path / "whole")]) == 0
+
+    real, seen = zoo.batch_of, []
+
+    def interrupt(config, ids, bos, step):
+        seen.append(step)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return real(config, ids, bos, step)
+
+    monkeypatch.setattr(zoo, "batch_of", interrupt)
+    arguments = [*FLAGS, "--out", str(tmp_path / "halved")]
+    assert zoo.main(arguments) == 130
+    assert not (tmp_path / "halved" / "zoo").exists()
+    assert zoo.main(arguments) == 2
+    assert zoo.main([*arguments, "--resume"]) == 0
+    assert seen == [0, 1, 2, 3, 2, 3, 4, 5]
+    for file in (tmp_path / "whole" / "zoo").iterdir():
+        assert file.read_bytes() == (tmp_path / "halved" / "zoo" / file.name).read_bytes()
+    assert zoo.main([*arguments, "--resume"]) == 2, "the model is there already"
+
+    folder = tmp_path / "whole" / "zoo"
+    model = llama.load(folder)
+    assert dataclasses.astuple(model.config)[:7] == (1024, 128, 352, 1, 4, 2, 32)
+    assert Tokenizer(folder, 1024).bos_id == 0
+    assert "| bigram model of the training text |" in (folder / "README.md").read_text()
+
+
+def test_ngram_models_by_hand(zoo):
+    train, window = np.array([0, 1, 0, 1, 0, 2]), np.array([[0, 1, 2]])
+    found = zoo.ngram_perplexities(train, window, 4)
+    unigram = np.array([4, 3, 2, 1]) / 10
+    np.testing.assert_allclose(found["unigram"], (unigram[1] * unigram[2]) ** -0.5)
+    # 0 was followed by 1 twice and by 2 once, 1 by 0 twice.
+    strengths = 2.0 ** np.arange(12)
+    first = (2 + strengths * unigram[1]) / (3 + strengths)
+    second = (0 + strengths * unigram[2]) / (2 + strengths)
+    np.testing.assert_allclose(found["bigram"], ((first * second) ** -0.5).min())
