@@ -57,8 +57,8 @@ def attention_rows(
 
 
 def attention_matrix(
-    x: Float[Array, "*b n d"], w: Float[Array, "*b d d"], *, causal: bool = True
-) -> Float[Array, "*b n n"]:
+    x: Float[Array, "... n d"], w: Float[Array, "... d d"], *, causal: bool = True
+) -> Float[Array, "... n n"]:
     """Attention matrix ``D⁻¹A`` with ``A = exp(x w xᵀ)``, ``D = diag(A 1)``, a row softmax.
 
     Args:
@@ -116,13 +116,13 @@ def relative_error(
 
 
 def row_errors(
-    q: Float[Array, "*b n e"],
-    k: Float[Array, "*b n e"],
-    q0: Float[Array, "*b n f"],
-    k0: Float[Array, "*b n f"],
+    q: Float[Array, "... n e"],
+    k: Float[Array, "... n e"],
+    q0: Float[Array, "... n f"],
+    k0: Float[Array, "... n f"],
     *,
     causal: bool = True,
-) -> tuple[Float[Array, "*b n"], Float[Array, "*b n"]]:
+) -> tuple[Float[Array, "... n"], Float[Array, "... n"]]:
     """Squared error ``‖F̃_i − F_i‖²`` and energy ``‖F_i‖²`` of every row, in row blocks.
 
     Args:

@@ -45,7 +45,7 @@ class Sparsity:
       InputError: a ratio outside ``[0, 1]``, or N:M other than ``1 <= N <= M``.
     """
 
-    ratio: float | Array = 0.0
+    ratio: float | int | Array = 0.0
     n: int | None = None
     m: int | None = None
 
@@ -166,7 +166,7 @@ def _drop(sparsity: Sparsity, size: int, fraction: ArrayLike) -> int | Array:
 
 
 def keep_highest(
-    scores: Float[Array, "*groups size"], drop: int | Int[Array, "*groups"]
+    scores: Float[Array, "*groups size"], drop: int | Int[Array, "..."]
 ) -> Bool[Array, "*groups size"]:
     """Keep all but the ``drop`` lowest scores of every group, ties by index (first goes first).
 
