@@ -45,8 +45,8 @@ def fetch_dataset_file(repository: str, name: str) -> Path:
 @contextlib.contextmanager
 def _one_line_errors(what: str) -> Iterator[None]:
     try:
-        import huggingface_hub
         from huggingface_hub import errors
+        from huggingface_hub.utils import logging
     except ImportError:
         raise InputError(
             f"{what}: no such folder or file here, and reading from the hub needs "
@@ -55,8 +55,8 @@ def _one_line_errors(what: str) -> Iterator[None]:
     # The HTTP library differs between versions of the client; its errors are the base of theirs.
     http_error: Any = errors.HfHubHTTPError.__mro__[1]
     # The client logs every retry; the one line below says it once.
-    verbosity = huggingface_hub.logging.get_verbosity()
-    huggingface_hub.logging.set_verbosity_error()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except errors.GatedRepoError:
@@ -71,4 +71,4 @@ def _one_line_errors(what: str) -> Iterator[None]:
             f"({type(error).__name__}); check the name and the network, or give a local path"
         ) from None
     finally:
-        huggingface_hub.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
