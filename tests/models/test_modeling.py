@@ -10,6 +10,7 @@ import pytest
 
 from jaxprune.errors import InputError
 from jaxprune.models import llama
+from jaxprune.models.llama.checkpoint import abstract_model
 from jaxprune.models.llama.modeling import INPUT_OF, block_shapes, run_blocks
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -29,13 +30,18 @@ SMALL = llama.LlamaConfig(
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 24)).astype(np.int32)
 
 
+logits_of = jax.jit(lambda model, tokens: model(tokens))
+block_of = jax.jit(llama.block, static_argnums=2)
+
+
 def random_llama(config, dtype=jnp.float32):
     """Weights large enough for attention to be far from uniform."""
-    model = llama.Llama(config, key=jax.random.key(0), dtype=dtype)
-    model.blocks.set_value(
-        jax.tree.map(lambda a: a if a.ndim == 2 else 15 * a, model.blocks.get_value())
-    )
-    return model
+    draw = np.random.default_rng(0)
+
+    def weight(leaf):
+        return jnp.asarray(draw.normal(0.3, 0.3, leaf.shape), dtype)
+
+    return jax.tree.map(weight, abstract_model(config, dtype))
 
 
 def test_there_are_golden_cases():
@@ -46,12 +52,12 @@ def test_there_are_golden_cases():
 def test_logits_and_every_block_equal_those_of_transformers(case):
     model, expected = llama.load(GOLDEN / case), np.load(GOLDEN / case / "expected.npz")
     tokens = expected["tokens"]
-    np.testing.assert_allclose(model(tokens), expected["logits"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits_of(model, tokens), expected["logits"], rtol=0, atol=1e-4)
 
     hidden = model.embed(tokens)
     for layer in range(model.config.num_hidden_layers):
         np.testing.assert_allclose(hidden, expected[f"hidden_{layer}"], rtol=0, atol=1e-4)
-        hidden, inputs = llama.block(model.block_weights(layer), hidden, model.config)
+        hidden, inputs = block_of(model.block_weights(layer), hidden, model.config)
         for name, value in inputs._asdict().items():
             np.testing.assert_allclose(value, expected[f"{name}_{layer}"], rtol=0, atol=1e-4)
     last = expected[f"hidden_{model.config.num_hidden_layers}"]
@@ -84,34 +90,36 @@ def test_llama_3_scaling_changes_17_of_the_32_frequencies_of_the_1b_model():
 
 def test_jit_equals_eager_and_a_second_call_does_not_compile():
     model = random_llama(SMALL)
-    logits = jax.jit(lambda model, tokens: model(tokens))
-    np.testing.assert_allclose(logits(model, TOKENS), model(TOKENS), rtol=0, atol=1e-5)
-    logits(random_llama(SMALL), TOKENS + 0)
-    assert logits._cache_size() == 1
+    np.testing.assert_allclose(logits_of(model, TOKENS), model(TOKENS), rtol=0, atol=1e-5)
+    compiled = logits_of._cache_size()
+    logits_of(random_llama(SMALL), TOKENS[::-1])
+    assert logits_of._cache_size() == compiled
 
 
 def test_later_tokens_do_not_change_earlier_logits():
     model = random_llama(SMALL)
     changed = TOKENS.copy()
     changed[:, 10:] = (changed[:, 10:] + 1) % 40
-    before, after = model(TOKENS), model(changed)
+    before, after = logits_of(model, TOKENS), logits_of(model, changed)
     np.testing.assert_allclose(before[:, :10], after[:, :10], rtol=0, atol=1e-5)
     assert not np.allclose(before[:, 10:], after[:, 10:], atol=1e-3)
 
 
 def test_blocks_of_rows_and_of_heads_compute_the_same(monkeypatch):
     model = random_llama(SMALL)
-    whole = model(TOKENS)
-    for entries in (1, 24 * 7, 24 * 48, 24 * 48 * 3):
+    whole = logits_of(model, TOKENS)
+    for entries in (24 * 7, 24 * 48 * 3):
         monkeypatch.setattr("jaxprune.models.llama.modeling.BLOCK_ENTRIES", entries)
-        np.testing.assert_allclose(model(TOKENS), whole, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            jax.jit(lambda m, t: m(t))(model, TOKENS), whole, rtol=0, atol=1e-5
+        )
 
 
 def test_bfloat16_is_near_float32():
-    exact = random_llama(SMALL)(TOKENS)
+    exact = logits_of(random_llama(SMALL), TOKENS)
     rounded = random_llama(SMALL, jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype(jnp.bfloat16)}
-    logits = rounded(TOKENS)
+    logits = logits_of(rounded, TOKENS)
     assert logits.dtype == jnp.float32
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
 
@@ -127,7 +135,7 @@ def test_activations_are_the_attention_inputs_of_the_layers_asked_for(layers):
         hidden = model.embed(TOKENS)
         if layer:
             hidden, _ = run_blocks(below, hidden, SMALL)
-        expected = llama.block(model.block_weights(layer), hidden, SMALL)[1].attention
+        expected = block_of(model.block_weights(layer), hidden, SMALL)[1].attention
         np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5)
 
 
@@ -152,13 +160,11 @@ def test_one_capture_costs_no_memory_for_the_others():
 def test_a_block_takes_replaced_weights():
     model = random_llama(SMALL)
     weights, hidden = model.block_weights(1), model.embed(TOKENS)
-    dense, inputs = llama.block(weights, hidden, SMALL)
+    dense, inputs = block_of(weights, hidden, SMALL)
     for name, field in INPUT_OF.items():
         shape = getattr(block_shapes(SMALL), name)
         assert getattr(inputs, field).shape == (*TOKENS.shape, shape[0])
-        changed, _ = llama.block(
-            weights._replace(**{name: 0 * getattr(weights, name)}), hidden, SMALL
-        )
+        changed, _ = block_of(weights._replace(**{name: 0 * getattr(weights, name)}), hidden, SMALL)
         assert not np.allclose(dense, changed, atol=1e-4)
 
 
@@ -193,8 +199,8 @@ def test_every_setting_changes_the_output(field):
     value = CHANGES[field]
     if inner:
         value = dataclasses.replace(SMALL.rope_scaling, **{inner: value})
-    changed = random_llama(dataclasses.replace(SMALL, **{name: value}))(TOKENS)
-    logits = random_llama(SMALL)(TOKENS)
+    changed = logits_of(random_llama(dataclasses.replace(SMALL, **{name: value})), TOKENS)
+    logits = logits_of(random_llama(SMALL), TOKENS)
     assert changed.shape != logits.shape or not np.allclose(changed, logits, atol=1e-4)
 
 
@@ -205,11 +211,10 @@ def test_stories_continues_as_its_card_says(shared):
     model = llama.load(folder)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode("Once upon a time").ids
-    logits = jax.jit(lambda model, tokens: model(tokens))
     for _ in range(60):
         padded = np.zeros((1, 80), np.int32)
         padded[0, : len(ids)] = ids
-        ids.append(int(logits(model, padded)[0, len(ids) - 1].argmax()))
+        ids.append(int(logits_of(model, padded)[0, len(ids) - 1].argmax()))
     assert tokenizer.decode(ids).startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
         "park. One day, she saw a big, red ball. She wanted to play with it, but it was too high."

@@ -56,18 +56,7 @@ class Llama3Scaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        for field in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_positive(f"rope_scaling.{field}", getattr(self, field))
-        _check_size(
-            "rope_scaling.original_max_position_embeddings",
-            self.original_max_position_embeddings,
-            2**31,
-        )
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise InputError(
-                f"rope_scaling.high_freq_factor {self.high_freq_factor} must be larger than "
-                f"low_freq_factor {self.low_freq_factor}"
-            )
+        _check_scaling(vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,25 +93,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for field, largest in _LARGEST.items():
-            _check_size(field, getattr(self, field), largest)
-        _check_positive("rms_norm_eps", self.rms_norm_eps)
-        _check_positive("rope_theta", self.rope_theta)
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise InputError(
-                f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}"
-            )
-        if self.rope_scaling is not None and not isinstance(self.rope_scaling, Llama3Scaling):
-            raise InputError(f"rope_scaling must be Llama3Scaling, not {self.rope_scaling!r}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise InputError(
-                f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs of components"
-            )
+        _check_fields(vars(self))
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> LlamaConfig:
@@ -156,15 +127,17 @@ class LlamaConfig:
             )
         key_value_heads = content.get("num_key_value_heads")
         theta, scaling = _read_rope(content)
-        return cls(
-            **sizes,
-            num_key_value_heads=heads if key_value_heads is None else key_value_heads,
-            head_dim=width // heads if head_dim is None else head_dim,
-            rms_norm_eps=content.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=content.get("tie_word_embeddings", False),
-        )
+        fields = sizes | {
+            "num_key_value_heads": heads if key_value_heads is None else key_value_heads,
+            "head_dim": width // heads if head_dim is None else head_dim,
+            "rms_norm_eps": content.get("rms_norm_eps", 1e-6),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": content.get("tie_word_embeddings", False),
+        }
+        _check_fields(fields)
+        floats = {field: float(fields[field]) for field in ("rms_norm_eps", "rope_theta")}
+        return cls(**fields | floats)
 
     def to_json(self) -> dict[str, Any]:
         """The content of a config.json for a new checkpoint with these settings."""
@@ -225,6 +198,41 @@ def _check_positive(field: str, value: Any) -> None:
         raise InputError(f"{field} must be a positive number, not {value!r:.40}")
 
 
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` naming the first field of ``LlamaConfig`` that is wrong."""
+    for field, largest in _LARGEST.items():
+        _check_size(field, fields[field], largest)
+    _check_positive("rms_norm_eps", fields["rms_norm_eps"])
+    _check_positive("rope_theta", fields["rope_theta"])
+    tied, scaling = fields["tie_word_embeddings"], fields["rope_scaling"]
+    if not isinstance(tied, bool):
+        raise InputError(f"tie_word_embeddings must be true or false, not {tied!r:.40}")
+    if scaling is not None and not isinstance(scaling, Llama3Scaling):
+        raise InputError(f"rope_scaling must be Llama3Scaling, not {scaling!r:.40}")
+    heads, shared = fields["num_attention_heads"], fields["num_key_value_heads"]
+    if heads % shared:
+        raise InputError(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {shared}"
+        )
+    if fields["head_dim"] % 2:
+        raise InputError(
+            f"head_dim {fields['head_dim']} is odd; rotary embeddings turn pairs of components"
+        )
+
+
+def _check_scaling(fields: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` naming the first field of ``Llama3Scaling`` that is wrong."""
+    for field in ("factor", "low_freq_factor", "high_freq_factor"):
+        _check_positive(f"rope_scaling.{field}", fields[field])
+    context = "original_max_position_embeddings"
+    _check_size(f"rope_scaling.{context}", fields[context], 2**31)
+    low, high = fields["low_freq_factor"], fields["high_freq_factor"]
+    if high <= low:
+        raise InputError(
+            f"rope_scaling.high_freq_factor {high} must be larger than low_freq_factor {low}"
+        )
+
+
 def _check_supported(content: Mapping[str, Any]) -> None:
     """Raise ``InputError`` naming the first setting that this port would compute wrongly."""
     if content.get("model_type") is None:
@@ -243,8 +251,8 @@ def _check_supported(content: Mapping[str, Any]) -> None:
         )
 
 
-def _read_rope(content: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
-    """Base and scaling of the rotary embedding; like ``transformers``, an older entry wins."""
+def _read_rope(content: Mapping[str, Any]) -> tuple[Any, Llama3Scaling | None]:
+    """Unchecked base and scaling of the rotary embedding; like ``transformers``, an older entry wins."""
     field = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
     rope = content.get(field) or {}
     if not isinstance(rope, Mapping):
@@ -267,4 +275,7 @@ def _read_rope(content: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]
     missing = [name for name in names if name not in rope]
     if missing:
         raise InputError(f"config.json: {field} lacks {', '.join(missing)}")
-    return theta, Llama3Scaling(**{name: rope[name] for name in names})
+    fields = {name: rope[name] for name in names}
+    _check_scaling(fields)
+    floats = {name: float(value) for name, value in fields.items() if name != names[-1]}
+    return theta, Llama3Scaling(**fields | floats)
