@@ -31,7 +31,6 @@ TOKENS = np.random.default_rng(0).integers(0, 40, (2, 24)).astype(np.int32)
 
 
 logits_of = jax.jit(lambda model, tokens: model(tokens))
-block_of = jax.jit(llama.block, static_argnums=2)
 
 
 def random_llama(config, dtype=jnp.float32):
@@ -57,7 +56,7 @@ def test_logits_and_every_block_equal_those_of_transformers(case):
     hidden = model.embed(tokens)
     for layer in range(model.config.num_hidden_layers):
         np.testing.assert_allclose(hidden, expected[f"hidden_{layer}"], rtol=0, atol=1e-4)
-        hidden, inputs = block_of(model.block_weights(layer), hidden, model.config)
+        hidden, inputs = llama.block(model.block_weights(layer), hidden, model.config)
         for name, value in inputs._asdict().items():
             np.testing.assert_allclose(value, expected[f"{name}_{layer}"], rtol=0, atol=1e-4)
     last = expected[f"hidden_{model.config.num_hidden_layers}"]
@@ -88,12 +87,24 @@ def test_llama_3_scaling_changes_17_of_the_32_frequencies_of_the_1b_model():
     assert (plain != llama.inverse_frequencies(config)).sum() == 17
 
 
-def test_jit_equals_eager_and_a_second_call_does_not_compile():
+def test_a_second_call_does_not_compile():
     model = random_llama(SMALL)
-    np.testing.assert_allclose(logits_of(model, TOKENS), model(TOKENS), rtol=0, atol=1e-5)
-    compiled = logits_of._cache_size()
-    logits_of(random_llama(SMALL), TOKENS[::-1])
-    assert logits_of._cache_size() == compiled
+    model(TOKENS)
+    model.activations(TOKENS, (1,))
+    llama.block(model.block_weights(0), model.embed(TOKENS), SMALL)
+    compiled = [function._cache_size() for function in (run_blocks, llama.block)]
+    again = random_llama(dataclasses.replace(SMALL))
+    again(TOKENS[::-1])
+    again.activations(TOKENS[::-1], [1])
+    llama.block(again.block_weights(1), again.embed(TOKENS), SMALL)
+    assert compiled == [function._cache_size() for function in (run_blocks, llama.block)]
+
+
+def test_jit_equals_eager():
+    model = random_llama(SMALL)
+    with jax.disable_jit():
+        eager = model(TOKENS[:, :9])
+    np.testing.assert_allclose(logits_of(model, TOKENS[:, :9]), eager, rtol=0, atol=1e-5)
 
 
 def test_later_tokens_do_not_change_earlier_logits():
@@ -110,6 +121,7 @@ def test_blocks_of_rows_and_of_heads_compute_the_same(monkeypatch):
     whole = logits_of(model, TOKENS)
     for entries in (24 * 7, 24 * 48 * 3):
         monkeypatch.setattr("jaxprune.models.llama.modeling.BLOCK_ENTRIES", entries)
+        jax.clear_caches()
         np.testing.assert_allclose(
             jax.jit(lambda m, t: m(t))(model, TOKENS), whole, rtol=0, atol=1e-5
         )
@@ -135,7 +147,7 @@ def test_activations_are_the_attention_inputs_of_the_layers_asked_for(layers):
         hidden = model.embed(TOKENS)
         if layer:
             hidden, _ = run_blocks(below, hidden, SMALL)
-        expected = block_of(model.block_weights(layer), hidden, SMALL)[1].attention
+        expected = llama.block(model.block_weights(layer), hidden, SMALL)[1].attention
         np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5)
 
 
@@ -160,11 +172,13 @@ def test_one_capture_costs_no_memory_for_the_others():
 def test_a_block_takes_replaced_weights():
     model = random_llama(SMALL)
     weights, hidden = model.block_weights(1), model.embed(TOKENS)
-    dense, inputs = block_of(weights, hidden, SMALL)
+    dense, inputs = llama.block(weights, hidden, SMALL)
     for name, field in INPUT_OF.items():
         shape = getattr(block_shapes(SMALL), name)
         assert getattr(inputs, field).shape == (*TOKENS.shape, shape[0])
-        changed, _ = block_of(weights._replace(**{name: 0 * getattr(weights, name)}), hidden, SMALL)
+        changed, _ = llama.block(
+            weights._replace(**{name: 0 * getattr(weights, name)}), hidden, SMALL
+        )
         assert not np.allclose(dense, changed, atol=1e-4)
 
 

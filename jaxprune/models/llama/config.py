@@ -252,7 +252,10 @@ def _check_supported(content: Mapping[str, Any]) -> None:
 
 
 def _read_rope(content: Mapping[str, Any]) -> tuple[Any, Llama3Scaling | None]:
-    """Unchecked base and scaling of the rotary embedding; like ``transformers``, an older entry wins."""
+    """Base (unchecked) and scaling of the rotary embedding.
+
+    Where a file has both entries the older one wins, as in ``transformers``.
+    """
     field = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
     rope = content.get(field) or {}
     if not isinstance(rope, Mapping):

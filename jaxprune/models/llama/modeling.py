@@ -13,6 +13,7 @@ Hugging Face's code does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -169,6 +170,7 @@ class Llama(nnx.Module):
         return jax.tree.map(lambda stack: stack[layer], self.blocks.get_value())
 
 
+@partial(jax.jit, static_argnames=("config", "capture"))
 def run_blocks(
     weights: BlockWeights,
     hidden: Float[Array, "b n d"],
@@ -205,6 +207,7 @@ def run_blocks(
     return carry
 
 
+@partial(jax.jit, static_argnames="config")
 def block(
     weights: BlockWeights, hidden: Float[Array, "b n d"], config: LlamaConfig
 ) -> tuple[Float[Array, "b n d"], LinearInputs]:
@@ -213,11 +216,11 @@ def block(
     Args:
       weights: of one block; replace some to see a pruned one (``weights._replace(wq=...)``).
       hidden: hidden states before the block.
-      config: settings; static under ``jit``.
+      config: settings, static.
 
     Returns:
-      Hidden states after the block, and what each linear map was applied to. Under ``jit`` those
-      that the caller drops are not kept.
+      Hidden states after the block, and what each linear map was applied to. Inside another
+      compiled function those that are dropped are not computed.
     """
     x = rms_norm(hidden, weights.attention_norm, config.rms_norm_eps)
     frequencies = jnp.asarray(inverse_frequencies(config))
