@@ -10,6 +10,8 @@ at least float32, also for bfloat16 inputs.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -115,6 +117,7 @@ def relative_error(
     return error.sum() / energy.sum()
 
 
+@partial(jax.jit, static_argnames="causal")
 def row_errors(
     q: Float[Array, "... n e"],
     k: Float[Array, "... n e"],
@@ -212,6 +215,8 @@ def check_finite(**arrays: ArrayLike | None) -> None:
     for name, array in arrays.items():
         if array is None or isinstance(array, jax.core.Tracer):
             continue
-        bad = int(jnp.size(array) - jnp.isfinite(array).sum())
+        # A concrete array closed over by a traced function is looked at now, not traced.
+        with jax.ensure_compile_time_eval():
+            bad = int(jnp.size(array) - jnp.isfinite(array).sum())
         if bad:
             raise InputError(f"{name} holds {bad} non-finite values; clean or drop them first")

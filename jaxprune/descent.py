@@ -242,6 +242,7 @@ def descend(
     validation: PyTree | None = None,
     state: DescentState | None = None,
     on_chunk: Callable[[DescentState, Trace], None] | None = None,
+    chunk: Callable[..., tuple[DescentState, Trace]] | None = None,
 ) -> DescentResult:
     """Run a descent to its end.
 
@@ -255,31 +256,32 @@ def descend(
       state: where to go on from; the start if ``None``.
       on_chunk: called between chunks with the state and the trace of the chunk. Given, chunks
         are called from Python; else all is one scan, which ``jit``, ``vmap`` and ``grad`` take.
+      chunk: what to call for ``descent.chunk`` with ``on_chunk``, where a caller has it compiled
+        already, for instance for an earlier layer of the same shape.
 
     Returns:
       Rounded weights and keep masks with exact counts, the trace of this call, the last state.
     """
+    # Under tracing the steps of a given state are unknown: the scan is of full length then.
+    done = 0 if state is None or isinstance(state.step, jax.core.Tracer) else int(state.step)
+    left = max(descent.steps - done, 0)
     state = descent.init(weights, validation) if state is None else state
     if on_chunk is None:
         last, trace = lax.scan(
             lambda state, _: descent.chunk(state, weights, data, validation, key),
             state,
-            length=descent.chunks,
+            length=math.ceil(left / descent.chunk_size),
         )
         trace = jax.tree.map(lambda a: a.reshape(-1), trace)
     else:
-        chunk = jax.jit(descent.chunk)
-        traces, last = [], state
+        chunk = jax.jit(descent.chunk) if chunk is None else chunk
+        last, pieces = state, [Trace(*(jnp.zeros(0) for _ in range(3)))] if not left else []
         while int(last.step) < descent.steps:
             last, piece = chunk(last, weights, data, validation, key)
-            traces.append(piece)
+            pieces.append(piece)
             on_chunk(last, piece)
-        trace = jax.tree.map(lambda *a: jnp.concatenate(a), *traces)
-    trace = Trace(
-        trace.loss[: descent.steps],
-        trace.squared_gradient_norm[: descent.steps],
-        trace.validation_error,
-    )
+        trace = jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
+    trace = Trace(trace.loss[:left], trace.squared_gradient_norm[:left], trace.validation_error)
     rounded, kept = descent.finish(last, weights)
     relaxation = descent.relaxation
     initial, _ = relaxation.finish(relaxation.init(weights), weights, descent.sparsity)

@@ -151,6 +151,8 @@ def _backward(
 _softmax_error.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+# Compiled on its own, so that calls outside ``jit`` compile once and not every time.
+@partial(jax.jit, static_argnums=(0, 1, 3))
 def _values_and_gradients(
     causal: bool, block_size: int, operands: tuple[Array, ...], wanted: tuple[bool, ...]
 ) -> tuple[Array, _Gradients]:

@@ -63,6 +63,12 @@ def _multiply(mask: PyTree, weights: Weights) -> Weights:
     return jax.tree.map(jnp.multiply, mask, weights)
 
 
+def _unit_mean(scores: Array) -> Array:
+    """Scores over their mean absolute value; all zeros stay zeros."""
+    mean = jnp.mean(jnp.abs(scores))
+    return scores / jnp.where(mean > 0, mean, 1)
+
+
 def _keep_largest(group: Group) -> Callable[[PyTree, Weights, Sparsity], tuple[Weights, KeepMasks]]:
     """``finish`` of mask variables: the largest entries are kept, with their original weight."""
 
@@ -143,14 +149,15 @@ def straight_through(
     def init(weights: Weights) -> PyTree:
         if rank is None:
             return jax.tree.map(jnp.ones_like, weights)
-        return jax.tree.map(lambda s: s / jnp.mean(jnp.abs(s)), rank(weights))
+        return jax.tree.map(_unit_mean, rank(weights))
 
     def apply(variable: PyTree, weights: Weights, step: Int[Array, ""]) -> Weights:
         fraction = 1.0 if schedule is None else schedule(step)
         kept = round_scores(variable, sparsity, group, fraction)
 
         def one(v: Array, kept: Array, w: Array) -> Array:
-            return (v + lax.stop_gradient(kept.astype(v.dtype) - v)) * w
+            # The difference is an exact zero whose derivative is one.
+            return (kept.astype(v.dtype) + (v - lax.stop_gradient(v))) * w
 
         return jax.tree.map(one, variable, kept, weights)
 

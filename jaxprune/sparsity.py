@@ -165,6 +165,7 @@ def _drop(sparsity: Sparsity, size: int, fraction: ArrayLike) -> int | Array:
     return jnp.floor(count * jnp.asarray(fraction, jnp.float32) + 1e-3).astype(jnp.int32)
 
 
+@jax.jit
 def keep_highest(
     scores: Float[Array, "*groups size"], drop: int | Int[Array, "..."]
 ) -> Bool[Array, "*groups size"]:

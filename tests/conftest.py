@@ -11,6 +11,12 @@ import jaxtyping
 import pytest
 import tokenizers
 
+# Most of the time of these tests is compiling: the costly passes are left out.
+jax.config.update("jax_disable_most_optimizations", True)
+
+# Scripts keep compiled programs in the user's cache; tests leave it alone.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+
 # Shapes and types of every annotated function are checked in tests.
 jaxtyping.install_import_hook("jaxprune", "beartype.beartype")
 
@@ -33,6 +39,28 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def compiled():
+    """One entry for every compilation so far; clear it to start counting anew."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def optimised():
+    """Compiled as for a user, with every pass."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

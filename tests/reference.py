@@ -43,8 +43,24 @@ def keep(scores, drop):
     return kept
 
 
+def wanda(sequences, w, ratio=None, n_of_m=None):
+    """Wanda's keep mask in [out, in] orientation: the original's running mean, sorted rows."""
+    weight = np.array(w, np.float64).T
+    mean = np.zeros(weight.shape[1])
+    for seen, x in enumerate(sequences):
+        mean = mean * seen / (seen + 1) + np.linalg.norm(x.astype(np.float64), axis=0) ** 2 / (
+            seen + 1
+        )
+    scores = np.abs(weight) * np.sqrt(mean)
+    if n_of_m is None:
+        return np.stack([keep(row, int(row.size * ratio + 1e-9)) for row in scores]).T
+    n, m = n_of_m
+    groups = scores.reshape(-1, m)
+    return np.stack([keep(group, m - n) for group in groups]).reshape(scores.shape).T
+
+
 def sparsegpt(sequences, w, ratio=None, n_of_m=None, block=128, damping=0.01):
-    """SparseGPT in [out, in] orientation with explicit inverse and per-column loop, exact counts."""
+    """SparseGPT in [out, in] orientation: explicit inverse, a loop over columns, exact counts."""
     weight = np.array(w, np.float64).T
     inputs = weight.shape[1]
     h = sum(2 * x.T.astype(np.float64) @ x for x in sequences) / len(sequences)

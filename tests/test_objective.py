@@ -66,7 +66,7 @@ def test_several_sequences_are_a_mean_with_one_penalty(key, x64):
 def test_dense_mask_has_no_error(key, x64):
     _, x, w = problem(key)
     ones = jnp.ones_like(w)
-    assert mask_loss(ones, x, w, lam=0.0) == 0
+    assert mask_loss(ones, x, w, lam=0.0) < 1e-30
     np.testing.assert_allclose(jax.grad(mask_loss)(ones, x, w, lam=0.5), 0.5 * ones)
 
 
@@ -172,7 +172,7 @@ def test_bfloat16_inputs_give_float32_errors_near_those_of_float32(key):
 
 @pytest.mark.parametrize(("n", "share"), [(4096, 0.25), (8192, 0.10)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_no_square_array_outlives_a_block(n, share, causal):
+def test_no_square_array_outlives_a_block(optimised, n, share, causal):
     """Temporaries of the compiled program, against one n × n float32 array."""
     shape = jax.ShapeDtypeStruct((n, 64), jnp.float32)
     program = jax.jit(jax.value_and_grad(lambda *a: softmax_error(*a, causal=causal).sum(), (0, 1)))
