@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 
@@ -29,7 +28,8 @@ from jaxprune.attention import (
 from jaxprune.descent import Descent, DescentResult, Trace, descend
 from jaxprune.errors import InputError
 from jaxprune.objective import fused_error
-from jaxprune.relaxations import cubic_sparsity, gradual, none
+from jaxprune.presets import gradual_descent, split_axis, split_sequences
+from jaxprune.relaxations import none
 from jaxprune.sparsity import Sparsity
 
 Preset = Literal["paper", "descent"]
@@ -301,23 +301,18 @@ def _descent(
     """Gradual pruning with weights that adapt, validated on data held back."""
     steps = 400 if steps is None else steps
     fit, validation = split_calibration(fused_data(x, w, row_weights))
-    # Adam and the pull are measured in units of the weights, so that their scale cancels.
-    scale = jnp.mean(jnp.abs(w))
     rate = jnp.asarray(_WEIGHT_STEP if learning_rate is None else learning_rate, w.dtype)
     pull = jnp.asarray(_PULL if lam is None else lam, w.dtype)
-    decay = optax.cosine_decay_schedule(1.0, max(steps, 1))
-    descent = Descent(
-        objective=partial(_objective, causal=causal),
-        relaxation=gradual(
-            sparsity,
-            fused_ranking(fit["x"], fit["row_weights"]),
-            schedule=cubic_sparsity(max(steps, 1)),
-        ),
-        optimizer=optax.adam(lambda step: rate * scale * decay(step)),
-        sparsity=sparsity,
+    descent = gradual_descent(
+        partial(_objective, causal=causal),
+        w,
+        sparsity,
+        rank=fused_ranking(fit["x"], fit["row_weights"]),
+        group="matrix",
         steps=steps,
+        learning_rate=rate,
+        pull=pull,
         batch_size=4 if batch_size is None else batch_size,
-        penalty=lambda variable: pull * jnp.mean((variable - w) ** 2) / scale**2,
         augment=shuffle_tokens,
         sample_errors=partial(_weighted_row_errors, causal=causal),
     )
@@ -402,9 +397,20 @@ def _weighted_row_errors(w: Array, data: PyTree, causal: bool) -> Float[Array, "
 
 
 def shuffle_tokens(key: Key[Array, ""], batch: PyTree) -> PyTree:
-    """A new random order of the tokens of every sequence of a batch (arrays ``[b, n, …]``)."""
-    b, n = jax.tree.leaves(batch)[0].shape[:2]
-    orders = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(key, b))
+    """A new random order of the tokens of every sequence of a batch (arrays ``[b, n, …]``).
+
+    Tokens without weight stay where they are: padding never comes before what it pads.
+    """
+    b, n = batch["row_weights"].shape
+
+    def order(key: Key[Array, ""], weights: Float[Array, " n"]) -> Int[Array, " n"]:
+        idle = weights == 0
+        drawn = jax.random.permutation(key, n)
+        moving = drawn[jnp.argsort(idle[drawn], stable=True)]
+        places = jnp.argsort(idle, stable=True)
+        return jnp.where(idle, jnp.arange(n), jnp.zeros(n, int).at[places].set(moving))
+
+    orders = jax.vmap(order)(jax.random.split(key, b), batch["row_weights"])
     return jax.tree.map(lambda a: jax.vmap(lambda rows, order: rows[order])(a, orders), batch)
 
 
@@ -416,12 +422,4 @@ def split_calibration(data: PyTree) -> tuple[PyTree, PyTree]:
     A single token serves as both.
     """
     b, n = jax.tree.leaves(data)[0].shape[:2]
-    axis, size, every = (0, b, min(b, 8)) if b > 1 else (1, n, min(n, 4))
-    held = np.arange(size) % every == every - 1
-    if held.all():
-        return data, data
-    fit, validation = (
-        jax.tree.map(partial(jnp.take, indices=np.flatnonzero(part), axis=axis), data)
-        for part in (~held, held)
-    )
-    return fit, validation
+    return split_sequences(data) if b > 1 else split_axis(data, 1, min(n, 4))

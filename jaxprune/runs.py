@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -180,6 +181,10 @@ class RunFolder:
         if not file.exists():
             write_json(file, list(compute()))
         return cast(list[dict], json.loads(file.read_text()))
+
+    def remove(self) -> None:
+        """Delete the folder, where it only held what a finished run no longer needs."""
+        shutil.rmtree(self.path)
 
     def part_file(self, name: str) -> Path:
         """Where a part may keep arrays (``.npz``) beside its rows; write them first."""

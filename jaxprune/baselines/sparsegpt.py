@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxprune.attention import accumulation_dtype, contract
 from jaxprune.baselines.linear import PrunedLinear, check_linear
@@ -47,8 +47,9 @@ def sparsegpt(
       The pruned layer, with the damping used.
 
     Raises:
-      InputError: wrong sparsity, shapes, values or block size; or ``H`` is not positive definite
-        after the damping was raised several times (under tracing the weight is NaN instead).
+      InputError: wrong sparsity, shapes, values, damping or block size; or ``H`` is not positive
+        definite after the damping was raised several times (under tracing the weight is NaN
+        instead).
 
     Source: Frantar & Alistarh 2023; IST-DASLab/sparsegpt. Deviations: exactly ``floor(size · s)``
     entries of a block are dropped, where the original drops one more; the same factor ``U`` comes
@@ -56,6 +57,20 @@ def sparsegpt(
     """
     sparsity = Sparsity.parse(sparsity)
     check_linear(x, w, sparsity)
+    return sparsegpt_from_hessian(hessian(x), w, sparsity, damping=damping, block_size=block_size)
+
+
+def sparsegpt_from_hessian(
+    h: Float[Array, "d_in d_in"],
+    w: Float[Array, "d_in d_out"],
+    sparsity: Sparsity,
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+) -> PrunedLinear:
+    """``sparsegpt`` where the Hessian is known, gathered batch by batch for instance."""
+    if not isinstance(damping, jax.core.Tracer) and not 0 <= damping < float("inf"):
+        raise InputError(f"damping {damping}: expected a fraction of the mean diagonal, 0 or more")
     d_in, d_out = w.shape
     block = min(block_size, d_in)
     if block_size < 1 or (sparsity.m is not None and block % sparsity.m):
@@ -63,7 +78,7 @@ def sparsegpt(
     rows = [min(block, d_in - start) for start in range(0, d_in, block)]
     drops = jnp.stack([jnp.asarray(sparsity.drop_count(r * d_out), jnp.int32) for r in rows])
     pattern = None if sparsity.m is None else sparsity
-    result = _sparsegpt(x, w, drops, damping, pattern=pattern, block_size=block)
+    result = _sparsegpt(h, w, drops, damping, pattern=pattern, block_size=block)
     if not isinstance(result.weight, jax.core.Tracer) and jnp.isnan(result.weight).any():
         raise InputError(
             f"x: its Hessian is not positive definite even with damping {float(result.damping):g}; "
@@ -111,15 +126,14 @@ def _upper_factor_of_inverse(h: Float[Array, "d d"], damping: Float[Array, ""]) 
 
 @partial(jax.jit, static_argnames=("pattern", "block_size"))
 def _sparsegpt(
-    x: Array,
+    h: Array,
     w: Array,
     drops: Int[Array, " blocks"],
-    damping: float,
+    damping: ArrayLike,
     *,
     pattern: Sparsity | None,
     block_size: int,
 ) -> PrunedLinear:
-    h = hessian(x)
     weight = w.astype(jnp.promote_types(h.dtype, w.dtype))
     dead = jnp.diag(h) == 0
     h = h + jnp.diag(dead.astype(h.dtype))

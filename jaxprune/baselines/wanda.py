@@ -51,5 +51,16 @@ def wanda(
     """
     sparsity = Sparsity.parse(sparsity)
     check_linear(x, w, sparsity)
-    scores = jnp.abs(w.astype(accumulation_dtype(w))) * feature_norms(x)[:, None]
+    return wanda_from_norms(feature_norms(x), w, sparsity, group=group)
+
+
+def wanda_from_norms(
+    norms: Float[Array, " d_in"],
+    w: Float[Array, "d_in d_out"],
+    sparsity: Sparsity,
+    *,
+    group: Group = "output",
+) -> PrunedLinear:
+    """``wanda`` where the norms of the inputs are known, gathered batch by batch for instance."""
+    scores = jnp.abs(w.astype(accumulation_dtype(w))) * norms[:, None]
     return prune_by_score(scores, w, sparsity, group)

@@ -1,0 +1,246 @@
+"""Prune a Llama checkpoint and write one that ``transformers`` opens.
+
+``descent`` (the default) keeps what the attention matrices of every layer compute, positions and
+grouped heads included; magnitude, Wanda and SparseGPT go through the same pipeline. ``--targets
+qk`` prunes W_Q and W_K, ``all`` the seven linear maps of every block, on the block's output.
+
+For example::
+
+  python experiments/prune.py --model zoo --sparsity 0.7 --out pruned
+  python experiments/prune.py --model DIR --calibration text.txt --method wanda --out pruned
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from jaxprune import data, plotting
+from jaxprune.cli import Flag, run_script
+from jaxprune.errors import InputError
+from jaxprune.models import llama
+from jaxprune.models.llama.checkpoint import write_weights
+from jaxprune.models.llama.files import check_new_folder, new_folder, read_json
+from jaxprune.models.tokenizer import Tokenizer
+from jaxprune.pipeline import TARGETS, Progress, PruneSettings, prune_model, units
+from jaxprune.runs import RunFolder, configuration, environment, write_arrays, write_json
+from jaxprune.sparsity import Sparsity
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Prune a Llama checkpoint and write one that transformers opens.
+
+    Example: python experiments/prune.py --model zoo --sparsity 0.7 --out pruned
+    """
+
+    out: Path
+    """folder of the new checkpoint; must not exist"""
+    model: str = "zoo"
+    """zoo, a Hugging Face folder, or owner/name on the hub"""
+    calibration: str = "zoo"
+    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper"""
+    windows: int | None = None
+    """windows to calibrate on; 128, or as the preset says"""
+    seqlen: int | None = None
+    """tokens of a window, a BOS included; 256, or as the preset says"""
+    heldout: int | None = None
+    """windows after those, for held-out attention errors; 16, or as the preset says"""
+    method: str = "descent"
+    """magnitude, wanda, sparsegpt, descent"""
+    targets: str = "qk"
+    """qk (W_Q and W_K) or all (the seven linear maps of a block)"""
+    sparsity: str = "0.5"
+    """fraction removed, or N:M along the inputs: 2:4 keeps 2 of every 4"""
+    no_refit: Flag = False
+    """descent learns the mask alone: kept weights stay exactly what they were"""
+    no_propagate: Flag = False
+    """descent calibrates every layer on the dense model, not on the one pruned so far"""
+    steps: int | None = None
+    """steps of the descent in every block; the preset's if left out"""
+    batch: int = 8
+    """windows at once in forward passes; lower it if memory runs out"""
+    seed: int = 0
+    """of the descent's batches and of windows drawn from C4"""
+    resume: Flag = False
+    """go on with an interrupted run with the same --out"""
+
+    def settings(self) -> PruneSettings:
+        """What the pipeline needs to know."""
+        try:
+            sparsity = Sparsity.parse(self.sparsity)
+        except InputError as error:
+            raise InputError(f"--sparsity: {error}") from None
+        return PruneSettings(
+            method=self.method,
+            targets=self.targets,
+            sparsity=sparsity,
+            refit=not self.no_refit,
+            propagate=not self.no_propagate,
+            steps=self.steps,
+            batch=self.batch,
+            seed=self.seed,
+        )
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run keeps what it needs to resume, beside its output."""
+    return out.resolve().parent / f".{out.name}.work"
+
+
+def finished_before(config: Config) -> bool:
+    """Whether this very run has finished already (killed just before it could say so)."""
+    report = config.out / "pruning.json"
+    return (
+        config.resume
+        and report.is_file()
+        and read_json(report).get("configuration") == configuration(config)
+    )
+
+
+def achieved_sparsity(model: llama.Llama, targets: str) -> dict[str, list[float]]:
+    """Fraction of exact zeros in every pruned matrix, one number a block."""
+    blocks = model.blocks.get_value()
+    return {
+        name: [float(np.mean(np.asarray(matrix) == 0)) for matrix in getattr(blocks, name)]
+        for name in TARGETS[targets]
+    }
+
+
+def summary_figure(metrics: pd.DataFrame, title: str) -> plt.Figure:
+    """Attention error of every head, calibration beside held-out, and their means by layer."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    measures = ("calibration_error", "heldout_error")
+    top = metrics[list(measures)].to_numpy().max()
+    for cell, measure in zip(axes, measures, strict=False):
+        table = metrics.pivot_table(index="layer", columns="head", values=measure)
+        image = cell.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=top)
+        cell.set_title(f"{measure.removesuffix('_error')} error of the attention")
+        cell.set_xlabel("query head")
+        cell.set_ylabel("layer")
+        cell.grid(False)
+        figure.colorbar(image, ax=cell)
+    for measure, marker in zip(measures, "os", strict=True):
+        mean = metrics.groupby("layer")[measure].mean()
+        axes[2].plot(mean.index, mean, marker=marker, label=measure.removesuffix("_error"))
+    axes[2].set_xlabel("layer")
+    axes[2].set_ylabel("relative error, mean over heads")
+    axes[2].set_ylim(bottom=0)
+    axes[2].legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def digest(tokens: np.ndarray) -> str:
+    """SHA-256 of windows, to tell whether two runs saw the same text."""
+    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()
+
+
+def body(config: Config) -> None:
+    """Check everything, prune block by block, write the checkpoint whole."""
+    settings = config.settings()
+    if finished_before(config):
+        shutil.rmtree(work_folder(config.out), ignore_errors=True)
+        print(f"{config.out}: finished already")
+        return
+    check_new_folder(config.out)
+    folder = llama.locate(config.model)
+    shape = llama.load_config(folder)
+    settings.check(shape)
+    calibration, heldout = data.calibration_windows(
+        config.calibration,
+        Tokenizer(folder, shape.vocab_size),
+        windows=config.windows,
+        seqlen=config.seqlen,
+        heldout=config.heldout,
+        seed=config.seed,
+    )
+    hidden = 4 * shape.hidden_size * (2 * calibration.tokens.size + heldout.tokens.size)
+    print(
+        f"{config.method} on {', '.join(TARGETS[config.targets])} of {shape.num_hidden_layers} "
+        f"blocks; besides the weights and one block's work, {hidden / 2**20:.0f} MiB of hidden "
+        f"states are held, in proportion to the windows"
+    )
+    # The hash of the text takes part in the comparison with an earlier run.
+    stamped = dataclasses.replace(config, calibration=digest(calibration.tokens))
+    with RunFolder(work_folder(config.out), stamped, resume=config.resume) as run:
+        model = llama.load(folder)
+        masks: dict[str, np.ndarray] = {}
+        rows: list[dict[str, Any]] = []
+        total = units(settings, shape) * shape.num_hidden_layers
+        with tqdm(total=total, unit="chunk") as bar:
+
+            def progress(where: Progress) -> None:
+                bar.set_postfix_str(where.doing)
+                bar.update(where.done - bar.n)
+
+            for layer, kept, new in prune_model(
+                model, calibration.tokens, heldout.tokens, settings, run, progress
+            ):
+                masks |= {f"{layer}.{name}": mask for name, mask in kept.items()}
+                rows += new
+        write(config, model, folder, masks, rows, calibration, heldout)
+    run.remove()
+
+
+def write(
+    config: Config,
+    model: llama.Llama,
+    source: Path,
+    masks: dict[str, np.ndarray],
+    rows: list[dict[str, Any]],
+    calibration: data.Windows,
+    heldout: data.Windows,
+) -> None:
+    """The new checkpoint with its report, masks and figure; it appears whole or not at all."""
+    metrics = pd.DataFrame(rows)
+    achieved = achieved_sparsity(model, config.targets)
+    report = {
+        "configuration": configuration(config),
+        "environment": environment(),
+        "calibration": {**calibration.protocol, "sha256": digest(calibration.tokens)},
+        "heldout": {**heldout.protocol, "sha256": digest(heldout.tokens)},
+        "achieved_sparsity": achieved,
+        "attention_error": rows,
+        "peak_device_memory": _peak_memory(),
+    }
+    with new_folder(config.out) as folder:
+        write_weights(model, source, folder)
+        write_arrays(folder / "keep_masks.npz", **masks)
+        metrics.to_csv(folder / "metrics.csv", index=False)
+        title = f"{config.model}: {config.method} on {config.targets}, sparsity {config.sparsity}"
+        plotting.save(summary_figure(metrics, title), folder, "summary")
+        write_json(folder / "pruning.json", report)
+    mean = metrics[["calibration_error", "heldout_error"]].mean()
+    removed = np.mean([value for values in achieved.values() for value in values])
+    print(
+        f"{config.out}: {removed:.4f} of the pruned matrices is zero; relative attention error "
+        f"{mean['calibration_error']:.4f} on calibration, {mean['heldout_error']:.4f} held-out"
+    )
+
+
+def _peak_memory() -> int | None:
+    """Peak bytes of the device, where it counts them (a CPU does not)."""
+    statistics = jax.devices()[0].memory_stats()
+    return None if statistics is None else statistics.get("peak_bytes_in_use")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run_script(Config, body, argv, "prune.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

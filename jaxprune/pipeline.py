@@ -1,0 +1,439 @@
+"""Prune a model block by block: hidden states flow on, weights are replaced, nothing is lost.
+
+Two streams of hidden states go through the model: those of the dense model, which define what
+attention and blocks should give, and those of the model as pruned so far, which the original
+Wanda and SparseGPT calibrate on. Both hold one array of all windows; everything else is gathered
+batch by batch. After every block, and inside a descent every few seconds, what is needed to go on
+is written to a work folder, so that a run that was killed ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from jaxprune.baselines import PrunedLinear, magnitude
+from jaxprune.baselines.sparsegpt import hessian, sparsegpt_from_hessian
+from jaxprune.baselines.wanda import feature_norms, wanda_from_norms
+from jaxprune.calibration import next_hidden
+from jaxprune.descent import Descent, DescentState, Trace, descend
+from jaxprune.errors import InputError
+from jaxprune.factored import QueryKeySettings, head_errors, query_key_descent
+from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
+from jaxprune.models.llama.descent import BlockContext, BlockSettings, block_descent
+from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, block, rms_norm
+from jaxprune.presets import split_sequences
+from jaxprune.runs import RunFolder, write_arrays
+from jaxprune.sparsity import Sparsity
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "descent")
+TARGETS = {"qk": ("wq", "wk"), "all": tuple(INPUT_OF)}
+
+# A descent's state is written when that costs less than this part of the time since the last.
+_SAVING_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What to prune and how.
+
+    Attributes:
+      method: one of ``METHODS``.
+      targets: ``qk`` for ``W_Q`` and ``W_K``, ``all`` for the seven linear maps of every block.
+      sparsity: of every pruned matrix.
+      refit: descent lets kept weights adapt; else it learns a mask alone (``qk``).
+      propagate: descent calibrates on the model as pruned so far (``all`` always does).
+      steps: of a descent; the preset's if ``None``.
+      batch: windows at once in forward passes.
+      seed: of the descent's batches.
+    """
+
+    method: str
+    targets: str
+    sparsity: Sparsity
+    refit: bool = True
+    propagate: bool = True
+    steps: int | None = None
+    batch: int = 8
+    seed: int = 0
+
+    def check(self, config: LlamaConfig) -> None:
+        """Raise ``InputError``, naming the flag, for choices that cannot work."""
+        if self.method not in METHODS:
+            raise InputError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
+        if self.targets not in TARGETS:
+            raise InputError(f"--targets {self.targets}: expected one of {', '.join(TARGETS)}")
+        if not self.refit and (self.method, self.targets) != ("descent", "qk"):
+            raise InputError("--no-refit: only with --method descent and --targets qk")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"--steps {self.steps}: expected 1 or more")
+        if self.batch < 1:
+            raise InputError(f"--batch {self.batch}: expected 1 or more")
+        widths = {config.hidden_size}
+        if self.targets == "all":
+            widths |= {config.num_attention_heads * config.head_dim, config.intermediate_size}
+        for width in sorted(widths):
+            try:
+                self.sparsity.check_divides(width)
+            except InputError as error:
+                raise InputError(f"--sparsity: {error}") from None
+
+
+class Progress(NamedTuple):
+    """Where a run is, for a progress bar: of ``total`` units, ``done`` are done."""
+
+    done: int
+    total: int
+    doing: str
+
+
+def units(settings: PruneSettings, config: LlamaConfig) -> int:
+    """Units of progress of one block: chunks of its descent, or one."""
+    if settings.method != "descent":
+        return 1
+    return 1 + _descent_settings(settings, config).steps // Descent.chunk_size
+
+
+def prune_model(
+    model: Llama,
+    tokens: np.ndarray,
+    heldout: np.ndarray,
+    settings: PruneSettings,
+    run: RunFolder,
+    progress: Callable[[Progress], None],
+) -> Iterator[tuple[int, dict[str, np.ndarray], list[dict[str, Any]]]]:
+    """Prune ``model`` in place, yielding every block's keep masks and rows of metrics.
+
+    Args:
+      model: its block weights are replaced as the run goes on.
+      tokens: windows to calibrate on, ``[w, n]``.
+      heldout: windows that errors are reported on too.
+      settings: what to do.
+      run: where finished blocks and the state of a descent are kept.
+      progress: called as the work goes on.
+
+    Raises:
+      InputError: activations or losses are not finite, or a Hessian cannot be factorised.
+    """
+    settings.check(model.config)
+    streams = _Streams.start(model, tokens, heldout)
+    each = units(settings, model.config)
+    total = each * model.config.num_hidden_layers
+    for layer in range(model.config.num_hidden_layers):
+        name = f"block-{layer}"
+        dense = model.block_weights(layer)
+
+        def report(chunk: int, layer: int = layer) -> None:
+            progress(Progress(layer * each + chunk, total, f"block {layer}"))
+
+        report(0)
+        work = _Work(run, name, report)
+        rows = run.part(name, partial(_prune_block, layer, dense, streams, settings, model, work))
+        with np.load(run.part_file(name), allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        pruned = dense._replace(
+            **{
+                w: jnp.asarray(arrays[w], getattr(dense, w).dtype)
+                for w in TARGETS[settings.targets]
+            }
+        )
+        _set_block(model, layer, pruned)
+        streams = streams.after(dense, pruned, settings.batch)
+        report(each)
+        yield layer, {w: arrays[f"keep_{w}"] for w in TARGETS[settings.targets]}, rows
+
+
+def _set_block(model: Llama, layer: int, weights: BlockWeights) -> None:
+    model.blocks.set_value(
+        jax.tree.map(lambda stack, w: stack.at[layer].set(w), model.blocks.get_value(), weights)
+    )
+
+
+class _Streams(NamedTuple):
+    """Hidden states before a block, of the dense model and of the one pruned so far."""
+
+    dense: Array
+    pruned: Array
+    heldout: Array
+    config: LlamaConfig
+
+    @classmethod
+    def start(cls, model: Llama, tokens: np.ndarray, heldout: np.ndarray) -> _Streams:
+        hidden = model.embed(jnp.asarray(tokens))
+        return cls(hidden, hidden, model.embed(jnp.asarray(heldout)), model.config)
+
+    def after(self, dense: BlockWeights, pruned: BlockWeights, batch: int) -> _Streams:
+        through = partial(next_hidden, config=self.config, batch=batch)
+        return self._replace(
+            dense=through(dense, self.dense),
+            pruned=through(pruned, self.pruned),
+            heldout=through(dense, self.heldout),
+        )
+
+    def normed(self, hidden: Array, weights: BlockWeights) -> Array:
+        return rms_norm(hidden, weights.attention_norm, self.config.rms_norm_eps)
+
+
+class _Work:
+    """Keeps the state of a descent under way, and reports its progress."""
+
+    def __init__(self, run: RunFolder, name: str, report: Callable[[int], None]) -> None:
+        self.run, self.name, self.report = run, name, report
+        self._file = run.part_file(f"{name}-state")
+        self._saved_at = time.monotonic()
+        self._cost = 0.0
+
+    def load(self, start: DescentState) -> DescentState:
+        """The saved state, or ``start``."""
+        if not self._file.exists():
+            return start
+        leaves, form = jax.tree.flatten(start)
+        with np.load(self._file, allow_pickle=False) as file:
+            return jax.tree.unflatten(form, [jnp.asarray(file[str(i)]) for i in range(len(leaves))])
+
+    def save(self, state: DescentState, trace: Trace) -> None:
+        """Called after every chunk; writes where that is cheap enough."""
+        del trace
+        now = time.monotonic()
+        if now - self._saved_at >= self._cost / _SAVING_SHARE:
+            leaves = jax.tree.leaves(state)
+            write_arrays(self._file, **{str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)})
+            self._saved_at = time.monotonic()
+            self._cost = self._saved_at - now
+        self.report(int(state.step) // Descent.chunk_size)
+
+    def finish(self, **arrays: np.ndarray) -> None:
+        """Keep a finished block's arrays; the state is of no more use."""
+        write_arrays(self.run.part_file(self.name), **arrays)
+        self._file.unlink(missing_ok=True)
+
+
+def _prune_block(
+    layer: int,
+    dense: BlockWeights,
+    streams: _Streams,
+    settings: PruneSettings,
+    model: Llama,
+    work: _Work,
+) -> list[dict[str, Any]]:
+    names = TARGETS[settings.targets]
+    extra: dict[str, Any] = {}
+    if settings.method == "descent":
+        weights, kept, extra = _descend(layer, dense, streams, settings, work)
+    else:
+        results = _baseline(dense, streams, settings)
+        weights = {name: result.weight for name, result in results.items()}
+        kept = {name: result.keep_mask for name, result in results.items()}
+        raised = {n: int(r.damping_raised) for n, r in results.items() if r.damping_raised}
+        extra = {"damping_raised": raised} if raised else {}
+    for name in names:
+        if not bool(jnp.isfinite(weights[name]).all()):
+            raise InputError(
+                f"block {layer}: {name} is not finite after pruning; check the weights"
+            )
+    rows = _head_rows(layer, dense, dense._replace(**weights), streams, extra)
+    work.finish(
+        **{name: np.asarray(weights[name]) for name in names},
+        **{f"keep_{name}": np.asarray(kept[name]) for name in names},
+    )
+    return rows
+
+
+def _head_rows(
+    layer: int, dense: BlockWeights, pruned: BlockWeights, streams: _Streams, extra: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Relative error of every head's attention, both on the dense model's activations."""
+    config = streams.config
+    settings = _query_key_settings(config, Sparsity(0.0))
+    rope = jnp.asarray(inverse_frequencies(config))
+    columns = []
+    for hidden in (streams.dense, streams.heldout):
+        x = streams.normed(hidden, dense)
+        error, energy = head_errors(
+            x, (pruned.wq, pruned.wk), x, (dense.wq, dense.wk), rope, settings
+        )
+        columns.append(np.asarray(error / energy))
+    return [
+        {
+            "layer": layer,
+            "head": head,
+            "calibration_error": float(columns[0][head]),
+            "heldout_error": float(columns[1][head]),
+            **extra,
+        }
+        for head in range(config.num_attention_heads)
+    ]
+
+
+def _query_key_settings(config: LlamaConfig, sparsity: Sparsity) -> QueryKeySettings:
+    return QueryKeySettings(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        scale=config.head_dim**-0.5,
+        sparsity=sparsity,
+    )
+
+
+def _descent_settings(
+    settings: PruneSettings, config: LlamaConfig
+) -> QueryKeySettings | BlockSettings:
+    chosen: QueryKeySettings | BlockSettings
+    if settings.targets == "qk":
+        chosen = _query_key_settings(config, settings.sparsity)._replace(refit=settings.refit)
+    else:
+        chosen = BlockSettings(config, settings.sparsity)
+    return chosen if settings.steps is None else chosen._replace(steps=settings.steps)
+
+
+def _descend(
+    layer: int,
+    dense: BlockWeights,
+    streams: _Streams,
+    settings: PruneSettings,
+    work: _Work,
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Any]]:
+    """Run the preset on one block, from its saved state where there is one."""
+    chosen = _descent_settings(settings, streams.config)
+    context: Any
+    if isinstance(chosen, QueryKeySettings):
+        weights: PyTree = (dense.wq, dense.wk)
+        x0 = streams.normed(streams.dense, dense)
+        x = streams.normed(streams.pruned, dense) if settings.propagate else x0
+        data = {"x": x, "x0": x0}
+        context = jnp.asarray(inverse_frequencies(streams.config))
+        make: Callable[..., Descent] = query_key_descent
+    else:
+        weights = {name: getattr(dense, name) for name in TARGETS["all"]}
+        target = next_hidden(dense, streams.dense, streams.config, batch=settings.batch)
+        data = {"hidden": streams.pruned, "target": target}
+        context = BlockContext(dense, _input_norms(dense, streams, TARGETS["all"], settings.batch))
+        make = block_descent
+    fit, validation = split_sequences(data)
+    start = _start(make, chosen, weights, fit, validation, context)
+
+    def chunk(
+        state: DescentState, weights: PyTree, data: PyTree, validation: PyTree, key: Array
+    ) -> tuple[DescentState, Trace]:
+        return _advance(make, chosen, state, weights, data, validation, context, key)
+
+    found = descend(
+        make(weights, fit, context, chosen),
+        weights,
+        fit,
+        key=jax.random.fold_in(jax.random.key(settings.seed), layer),
+        validation=validation,
+        state=work.load(start),
+        on_chunk=work.save,
+        chunk=chunk,
+    )
+    assert found.state.best is not None
+    extra = {
+        "best_step": int(found.state.best.step),
+        "rejected_steps": int(found.state.rejected),
+    }
+    if extra["rejected_steps"] == chosen.steps:
+        raise InputError(f"block {layer}: the loss was never finite; check weights and activations")
+    if isinstance(chosen, QueryKeySettings):
+        return (
+            dict(zip(TARGETS["qk"], found.weights, strict=True)),
+            dict(zip(TARGETS["qk"], found.keep_masks, strict=True)),
+            extra,
+        )
+    return found.weights, found.keep_masks, extra
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _start(
+    make: Callable[..., Descent],
+    settings: NamedTuple,
+    weights: PyTree,
+    fit: PyTree,
+    validation: PyTree,
+    context: PyTree,
+) -> DescentState:
+    return make(weights, fit, context, settings).init(weights, validation)
+
+
+# One program for all blocks: what differs between them are arguments.
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _advance(
+    make: Callable[..., Descent],
+    settings: NamedTuple,
+    state: DescentState,
+    weights: PyTree,
+    fit: PyTree,
+    validation: PyTree,
+    context: PyTree,
+    key: Key[Array, ""],
+) -> tuple[DescentState, Trace]:
+    return make(weights, fit, context, settings).chunk(state, weights, fit, validation, key)
+
+
+def _baseline(
+    dense: BlockWeights, streams: _Streams, settings: PruneSettings
+) -> dict[str, PrunedLinear]:
+    """A baseline on every target, scored in one dense pass of the block, as the originals do."""
+    names, sparsity = TARGETS[settings.targets], settings.sparsity
+    if settings.method == "magnitude":
+        return {name: magnitude(getattr(dense, name), sparsity) for name in names}
+    if settings.method == "wanda":
+        norms = _input_norms(dense, streams, names, settings.batch)
+        return {
+            name: wanda_from_norms(norms[name], getattr(dense, name), sparsity) for name in names
+        }
+    hessians = _statistics(dense, streams, names, hessian, settings.batch)
+    return {
+        name: sparsegpt_from_hessian(hessians[name], getattr(dense, name), sparsity)
+        for name in names
+    }
+
+
+def _input_norms(
+    dense: BlockWeights, streams: _Streams, names: tuple[str, ...], batch: int
+) -> dict[str, Float[Array, " d_in"]]:
+    """Wanda's norms of the inputs of linear maps."""
+    squares = _statistics(dense, streams, names, _squared_norms, batch)
+    return {name: jnp.sqrt(value) for name, value in squares.items()}
+
+
+def _squared_norms(x: Float[Array, "b n d"]) -> Float[Array, " d"]:
+    return feature_norms(x) ** 2
+
+
+def _statistics(
+    dense: BlockWeights,
+    streams: _Streams,
+    names: tuple[str, ...],
+    statistic: Callable[[Array], Array],
+    batch: int,
+) -> dict[str, Array]:
+    """Mean over all windows of a statistic of the inputs of linear maps, batch by batch."""
+    fields = tuple(sorted({INPUT_OF[name] for name in names}))
+    windows = streams.pruned.shape[0]
+    total: dict[str, Array] = {}
+    for start in range(0, windows, batch):
+        hidden = streams.pruned[start : start + batch]
+        share = hidden.shape[0] / windows
+        part = _batch_statistics(dense, hidden, streams.config, fields, statistic)
+        total = {f: total.get(f, 0) + share * value for f, value in part.items()}
+    return {name: total[INPUT_OF[name]] for name in names}
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _batch_statistics(
+    dense: BlockWeights,
+    hidden: Array,
+    config: LlamaConfig,
+    fields: tuple[str, ...],
+    statistic: Callable[[Array], Array],
+) -> dict[str, Array]:
+    inputs = block(dense, hidden, config)[1]
+    return {field: statistic(getattr(inputs, field)) for field in fields}

@@ -1,0 +1,100 @@
+"""The preset ``descent``, for any weights and objective: gradual pruning with weights that adapt.
+
+``jaxprune.fused`` and ``jaxprune.factored`` give it the attention matrices of a head or layer,
+``jaxprune.pipeline`` the output of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from jaxprune.descent import Descent, Objective
+from jaxprune.relaxations import Weights, cubic_sparsity, gradual
+from jaxprune.sparsity import Group, Sparsity
+
+
+def gradual_descent(
+    objective: Objective,
+    weights: Weights,
+    sparsity: Sparsity,
+    *,
+    rank: Callable[[Weights], PyTree],
+    group: Group,
+    steps: int,
+    learning_rate: ArrayLike,
+    pull: ArrayLike,
+    batch_size: int,
+    **options: Any,
+) -> Descent:
+    """A descent on the kept weights under a mask that tightens, ready to run.
+
+    Adam with cosine decay moves the weights; the mask is the best-ranked part of the current
+    weights, its size on a cubic schedule; a penalty pulls to the dense weights. Steps and penalty
+    are in units of the mean ``|w|`` of each matrix, so that the scale of the weights cancels.
+
+    Args:
+      objective: effective weights and batch to a scalar.
+      weights: dense weights, a pytree of ``[d_in, d_out]``.
+      sparsity: final sparsity.
+      rank: current weights to scores.
+      group: entries that compete.
+      steps: updates.
+      learning_rate: of Adam, in units of the mean ``|w|``.
+      pull: weight of the mean squared distance to the dense weights in these units.
+      batch_size: sequences of a step.
+      **options: further fields of ``Descent``.
+    """
+    scales = jax.tree.map(lambda w: jnp.mean(jnp.abs(w)), weights)
+    decay = optax.cosine_decay_schedule(1.0, max(steps, 1))
+
+    def penalty(variable: Weights) -> Float[Array, ""]:
+        distances = jax.tree.map(
+            lambda v, w, s: jnp.mean((v - w) ** 2) / s**2, variable, weights, scales
+        )
+        return jnp.asarray(pull) * sum(jax.tree.leaves(distances))
+
+    optimizer = optax.chain(
+        optax.scale_by_adam(),
+        optax.scale_by_learning_rate(lambda step: jnp.asarray(learning_rate) * decay(step)),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
+    )
+    return Descent(
+        objective=objective,
+        relaxation=gradual(sparsity, rank, schedule=cubic_sparsity(max(steps, 1)), group=group),
+        optimizer=optimizer,
+        sparsity=sparsity,
+        steps=steps,
+        batch_size=batch_size,
+        penalty=penalty,
+        **options,
+    )
+
+
+def split_sequences(data: PyTree) -> tuple[PyTree, PyTree]:
+    """Split arrays with a leading sequence axis: every eighth sequence (at least one) validates.
+
+    A single sequence serves as both; ``jaxprune.fused`` splits it by tokens instead.
+    """
+    count = jax.tree.leaves(data)[0].shape[0]
+    return split_axis(data, 0, min(count, 8))
+
+
+def split_axis(data: PyTree, axis: int, every: int) -> tuple[PyTree, PyTree]:
+    """Every ``every``-th entry along an axis to validate on, the others to fit on."""
+    size = jax.tree.leaves(data)[0].shape[axis]
+    held = np.arange(size) % every == every - 1
+    if held.all():
+        return data, data
+
+    def part(chosen: np.ndarray) -> PyTree:
+        places = np.flatnonzero(chosen)
+        return jax.tree.map(lambda a: jnp.take(a, places, axis=axis), data)
+
+    return part(~held), part(held)
