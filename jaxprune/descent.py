@@ -14,13 +14,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from jaxprune.relaxations import KeepMasks, Relaxation, Weights
 from jaxprune.sparsity import Sparsity
@@ -62,6 +62,27 @@ class DescentState:
     best: Candidate | None
 
 
+class StepView(NamedTuple):
+    """One step as a monitor sees it.
+
+    Attributes:
+      variable: before the step.
+      gradient: of the loss there.
+      updates: what the optimiser adds.
+      moved: the sum, before projection.
+      projected: the variable after the step.
+      same_objective: whether the next step will have the same function to minimise: all of the
+        data, unchanged, and a relaxation that does not depend on the step.
+    """
+
+    variable: PyTree
+    gradient: PyTree
+    updates: PyTree
+    moved: PyTree
+    projected: PyTree
+    same_objective: Bool[Array, ""]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Trace:
@@ -71,11 +92,15 @@ class Trace:
       loss: objective plus penalty.
       squared_gradient_norm: ``‖∇‖²`` over all entries of the variable.
       validation_error: of the rounded iterate after each chunk; empty without validation data.
+      monitored: what ``Descent.monitor`` returned at every step; ``None`` without a monitor.
+      final_loss: loss after the last step; ``None`` without a monitor.
     """
 
     loss: Float[Array, "*b steps"]
     squared_gradient_norm: Float[Array, "*b steps"]
     validation_error: Float[Array, "*b chunks"]
+    monitored: PyTree = None
+    final_loss: Float[Array, "*b"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -108,6 +133,8 @@ class Descent:
       margin: standard errors of the paired difference by which an iterate must beat the rounded
         initial point on the validation samples to replace it.
       chunk_size: steps between validations.
+      monitor: step to a pytree of scalars that ends up in the trace, for instance
+        ``jaxprune.convergence.per_step``; nothing is computed or stored if ``None``.
     """
 
     objective: Objective
@@ -121,6 +148,7 @@ class Descent:
     sample_errors: Callable[[Weights, PyTree], Float[Array, " samples"]] | None = None
     margin: float = 3.0
     chunk_size: int = 50
+    monitor: Callable[[StepView], PyTree] | None = None
 
     @property
     def chunks(self) -> int:
@@ -153,10 +181,10 @@ class Descent:
     ) -> tuple[DescentState, Trace]:
         """Run ``chunk_size`` steps, then score the rounded iterate on the validation data."""
 
-        def one_step(state: DescentState, _: None) -> tuple[DescentState, tuple[Array, Array]]:
+        def one_step(state: DescentState, _: None) -> tuple[DescentState, tuple[Any, ...]]:
             return self._step(state, weights, data, key)
 
-        state, (loss, norm) = lax.scan(one_step, state, length=self.chunk_size)
+        state, (loss, norm, monitored) = lax.scan(one_step, state, length=self.chunk_size)
         errors = jnp.zeros((0,), loss.dtype)
         if validation is not None:
             assert state.best is not None
@@ -168,7 +196,7 @@ class Descent:
             better = (candidate.error < state.best.error) & (gain.mean() > self.margin * noise)
             best = jax.tree.map(partial(jnp.where, better), candidate, state.best)
             state, errors = _with(state, best=best), candidate.error[None]
-        return state, Trace(loss, norm, errors)
+        return state, Trace(loss, norm, errors, monitored)
 
     def finish(self, state: DescentState, weights: Weights) -> tuple[Weights, KeepMasks]:
         """The best validated iterate, or the last one rounded where nothing was validated."""
@@ -186,6 +214,13 @@ class Descent:
             samples = self.sample_errors(rounded, validation)
         return Candidate(rounded, kept, samples.mean(), state.step), samples
 
+    def loss(
+        self, variable: PyTree, weights: Weights, batch: PyTree, step: Int[Array, ""]
+    ) -> Float[Array, ""]:
+        """What a step minimises: the objective of the effective weights, plus the penalty."""
+        loss = self.objective(self.relaxation.apply(variable, weights, step), batch)
+        return loss if self.penalty is None else loss + self.penalty(variable)
+
     def _batch(self, data: PyTree, key: Key[Array, ""], step: Int[Array, ""]) -> PyTree:
         draw, change = jax.random.split(jax.random.fold_in(key, step))
         count = jax.tree.leaves(data)[0].shape[0]
@@ -196,13 +231,11 @@ class Descent:
 
     def _step(
         self, state: DescentState, weights: Weights, data: PyTree, key: Key[Array, ""]
-    ) -> tuple[DescentState, tuple[Array, Array]]:
+    ) -> tuple[DescentState, tuple[Array, Array, PyTree]]:
         batch = self._batch(data, key, state.step)
 
         def loss_of(variable: PyTree) -> Float[Array, ""]:
-            effective = self.relaxation.apply(variable, weights, state.step)
-            loss = self.objective(effective, batch)
-            return loss if self.penalty is None else loss + self.penalty(variable)
+            return self.loss(variable, weights, batch, state.step)
 
         loss, gradient = jax.value_and_grad(loss_of)(state.variable)
         updates, optimizer_state = optax.with_extra_args_support(self.optimizer).update(
@@ -213,8 +246,14 @@ class Descent:
             grad=gradient,
             value_fn=loss_of,
         )
-        variable = self.relaxation.project(optax.apply_updates(state.variable, updates))
+        moved_freely = optax.apply_updates(state.variable, updates)
+        variable = self.relaxation.project(moved_freely)
         norm = optax.tree.norm(gradient, squared=True)
+        monitored = None
+        if self.monitor is not None:
+            same = self._same_objective(state, weights, data)
+            view = StepView(state.variable, gradient, updates, moved_freely, variable, same)
+            monitored = self.monitor(view)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         active = state.step < self.steps
         moved, old = (variable, optimizer_state), (state.variable, state.optimizer_state)
@@ -226,7 +265,21 @@ class Descent:
             optimizer_state=optimizer_state,
             rejected=state.rejected + (active & ~finite),
         )
-        return state, (loss, norm)
+        return state, (loss, norm, monitored)
+
+    def _same_objective(
+        self, state: DescentState, weights: Weights, data: PyTree
+    ) -> Bool[Array, ""]:
+        count = jax.tree.leaves(data)[0].shape[0]
+        if self.augment is not None or (self.batch_size is not None and self.batch_size < count):
+            return jnp.zeros((), bool)
+        here, next_step = (
+            self.relaxation.apply(state.variable, weights, step)
+            for step in (state.step, state.step + 1)
+        )
+        # NaN equals itself here: it is not the relaxation that changed.
+        same = jax.tree.map(lambda a, b: jnp.array_equal(a, b, equal_nan=True), here, next_step)
+        return jnp.all(jnp.stack(jax.tree.leaves(same)))
 
 
 def _with(state: DescentState, **changes: Any) -> DescentState:
@@ -266,7 +319,7 @@ def descend(
     done = 0 if state is None or isinstance(state.step, jax.core.Tracer) else int(state.step)
     left = max(descent.steps - done, 0)
     state = descent.init(weights, validation) if state is None else state
-    if on_chunk is None:
+    if on_chunk is None or not left:
         last, trace = lax.scan(
             lambda state, _: descent.chunk(state, weights, data, validation, key),
             state,
@@ -275,13 +328,19 @@ def descend(
         trace = jax.tree.map(lambda a: a.reshape(-1), trace)
     else:
         chunk = jax.jit(descent.chunk) if chunk is None else chunk
-        last, pieces = state, [Trace(*(jnp.zeros(0) for _ in range(3)))] if not left else []
+        last, pieces = state, []
         while int(last.step) < descent.steps:
             last, piece = chunk(last, weights, data, validation, key)
             pieces.append(piece)
             on_chunk(last, piece)
         trace = jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
-    trace = Trace(trace.loss[:left], trace.squared_gradient_norm[:left], trace.validation_error)
+    loss, norm, monitored = jax.tree.map(
+        lambda a: a[:left], (trace.loss, trace.squared_gradient_norm, trace.monitored)
+    )
+    final_loss = None
+    if descent.monitor is not None:
+        final_loss = descent.loss(last.variable, weights, data, last.step)
+    trace = Trace(loss, norm, trace.validation_error, monitored, final_loss)
     rounded, kept = descent.finish(last, weights)
     relaxation = descent.relaxation
     initial, _ = relaxation.finish(relaxation.init(weights), weights, descent.sparsity)
