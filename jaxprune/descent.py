@@ -36,8 +36,8 @@ class Candidate:
 
     weights: Weights
     keep_masks: KeepMasks
-    error: Float[Array, ""]
-    step: Int[Array, ""]
+    error: Float[Array, "*b"]
+    step: Int[Array, "*b"]
 
 
 @jax.tree_util.register_dataclass
@@ -54,11 +54,11 @@ class DescentState:
       best: best validated iterate so far, the rounded initial point at first.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array, "*b"]
     variable: PyTree
     optimizer_state: PyTree
-    rejected: Int[Array, ""]
-    initial_errors: Float[Array, " samples"] | None
+    rejected: Int[Array, "*b"]
+    initial_errors: Float[Array, "*b samples"] | None
     best: Candidate | None
 
 
