@@ -1,0 +1,193 @@
+"""The quantities of the convergence theorem, measured on a run.
+
+The theorem (Liang et al. 2025, Def. 5.1 and Thm. 5.2, after Frei & Gu 2021, Def. 1.2 and
+Thm. 3.1): ``f ≥ 0`` satisfies the ξ-optimal PL inequality with ``α, μ > 0`` if
+``‖∇f(w)‖^α ≥ (μ/2)(f(w) − ξ)`` for all ``w``. If moreover ``∇f`` is ``L₂``-Lipschitz and
+``η < 1/L₂``, gradient descent has ``min_{t<T} f(w_t) ≤ ξ + ε`` after
+``T = 2η⁻¹(με/2)^(−2/α) f(w₀)`` steps. (The theorem has a proxy ``g``; here ``g = f``.) This ``μ``
+is four times the one of the usual inequality ``½‖∇f‖² ≥ μ(f − f*)``.
+
+``per_step`` is the monitor that a descent needs for it; ``jaxprune.convergence`` reports on runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from jaxprune.descent import StepView, Trace
+from jaxprune.errors import InputError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepRecord:
+    """What ``per_step`` records of every step; ``M'`` is the iterate after projection.
+
+    Attributes:
+      step_size: ``η = −⟨u, ∇L⟩/‖∇L‖²`` of the update ``u``; 0 where the gradient is zero.
+      squared_step_norm: ``‖M_t − M_{t+1}‖²``, rounding of the iterates included.
+      misalignment: squared sine of the angle between ``u`` and ``∇L``: zero for gradient descent.
+      projected: fraction of entries that the projection changed.
+      same_objective: whether the step minimised the same function as the next one will.
+    """
+
+    step_size: Float[Array, "*b steps"]
+    squared_step_norm: Float[Array, "*b steps"]
+    misalignment: Float[Array, "*b steps"]
+    projected: Float[Array, "*b steps"]
+    same_objective: Bool[Array, "*b steps"]
+
+
+def per_step(view: StepView) -> StepRecord:
+    """The monitor to give to ``Descent``: a few inner products of arrays that are there anyway.
+
+    It looks at the update, not at the optimiser: whatever moves along the gradient is gradient
+    descent, with whatever step size it used.
+    """
+    gradient = optax.tree.norm(view.gradient, squared=True)
+    length = optax.tree.norm(view.updates, squared=True)
+    inner = optax.tree.vdot(view.updates, view.gradient)
+    both = gradient * length
+    change = jax.tree.map(jnp.subtract, view.variable, view.projected)
+    leaves = zip(jax.tree.leaves(view.moved), jax.tree.leaves(view.projected), strict=True)
+    touched = [jnp.sum(a != b) for a, b in leaves]
+    size = sum(leaf.size for leaf in jax.tree.leaves(view.moved))
+    return StepRecord(
+        step_size=jnp.where(gradient > 0, -inner / jnp.where(gradient > 0, gradient, 1), 0),
+        squared_step_norm=optax.tree.norm(change, squared=True),
+        # Written as quotients of roots, because the product of two squares may underflow.
+        misalignment=jnp.where(
+            both > 0,
+            1 - (inner / jnp.sqrt(jnp.where(both > 0, gradient, 1)) / _root(length, both)) ** 2,
+            0,
+        ),
+        projected=sum(touched, jnp.zeros((), int)) / jnp.asarray(size, gradient.dtype),
+        same_objective=view.same_objective,
+    )
+
+
+def _root(length: Array, both: Array) -> Array:
+    return jnp.sqrt(jnp.where(both > 0, length, 1))
+
+
+class StepSeries(NamedTuple):
+    """Per-step quantities of the descent lemma.
+
+    Attributes:
+      loss: ``L(M_t)``, one more entry than steps.
+      squared_gradient_norm: ``‖∇L(M_t)‖²``.
+      squared_mapping_norm: ``‖G_t‖²`` of the gradient mapping ``G_t = (M_t − M_{t+1})/η_t``, equal
+        to the above where nothing was projected.
+      step_ratio: ``(L(M_t) − L(M_{t+1})) / ((η_t/2)‖G_t‖²)``; the descent lemma says at least 1,
+        and without projection it is ``2 − cη`` with ``c`` the mean curvature along the step. NaN
+        where the iterate did not move.
+      step_size: ``η_t``.
+      projected: fraction of entries the projection changed.
+    """
+
+    loss: Float[Array, "*b steps+1"]
+    squared_gradient_norm: Float[Array, "*b steps"]
+    squared_mapping_norm: Float[Array, "*b steps"]
+    step_ratio: Float[Array, "*b steps"]
+    step_size: Float[Array, "*b steps"]
+    projected: Float[Array, "*b steps"]
+
+
+def step_series(trace: Trace) -> StepSeries:
+    """Per-step loss, gradient and gradient mapping, step ratio, projection activity of a run.
+
+    Args:
+      trace: of a descent whose ``monitor`` was ``per_step``; leading axes are heads or layers.
+
+    Raises:
+      InputError: the descent was not monitored.
+    """
+    record = trace.monitored
+    if not isinstance(record, StepRecord) or trace.final_loss is None:
+        raise InputError("this trace was not monitored: descend with monitor=per_step")
+    loss = jnp.concatenate([trace.loss, trace.final_loss[..., None]], axis=-1)
+    moved = record.squared_step_norm > 0
+    step = jnp.where(moved & (record.step_size != 0), record.step_size, jnp.nan)
+    promised = record.squared_step_norm / (2 * step)
+    return StepSeries(
+        loss=loss,
+        squared_gradient_norm=trace.squared_gradient_norm,
+        squared_mapping_norm=jnp.where(moved, record.squared_step_norm / step**2, 0),
+        step_ratio=(loss[..., :-1] - loss[..., 1:]) / promised,
+        step_size=record.step_size,
+        projected=record.projected,
+    )
+
+
+@jax.jit
+def pl_envelope(
+    loss: Float[Array, " steps"],
+    squared_gradient_norm: Float[Array, " steps"],
+    xi: ArrayLike,
+    alpha: ArrayLike = 2.0,
+) -> Float[Array, "..."]:
+    """PL envelope: the largest ``μ`` for which the PL inequality holds at all visited points.
+
+    ``μ(ξ) = min_t 2‖∇L(M_t)‖^α / (L(M_t) − ξ)`` over points with ``L(M_t) > ξ``. It says nothing of
+    points that were not visited, so it bounds the theorem's ``μ`` from above.
+
+    Args:
+      loss: ``L`` at the visited points.
+      squared_gradient_norm: ``‖∇L‖²`` there.
+      xi: candidates for ``ξ``, any shape.
+      alpha: exponent ``α``.
+
+    Returns:
+      ``μ`` for every candidate, in Def. 5.1's convention; infinity where no point lies above ξ,
+      NaN where a loss or gradient is.
+
+    Source: Liang et al. 2025, Def. 5.1; the minimum over a run is ours.
+    """
+    power = squared_gradient_norm ** (jnp.asarray(alpha) / 2)
+
+    def one(xi: Array) -> Array:
+        gap = loss - xi
+        # NaN compares false and so counts as above: it must show in the result.
+        above = ~(gap <= 0)
+        return jnp.min(jnp.where(above, 2 * power / jnp.where(above, gap, 1), jnp.inf))
+
+    candidates = jnp.asarray(xi, loss.dtype)
+    return jax.vmap(one)(candidates.reshape(-1)).reshape(candidates.shape)
+
+
+def iteration_bound(
+    mu: ArrayLike,
+    epsilon: ArrayLike,
+    step_size: ArrayLike,
+    initial_loss: ArrayLike,
+    alpha: ArrayLike = 2.0,
+) -> Float[Array, "..."]:
+    """Iterations that suffice, ``T(ε) = 2η⁻¹(με/2)^(−2/α) f(w₀)``; ``4 f(w₀)/(ημε)`` for ``α = 2``.
+
+    Arguments broadcast. Infinite where ``μ`` is not positive.
+
+    Source: Liang et al. 2025, Thm. 5.2 (Frei & Gu 2021, Thm. 3.1).
+    """
+    product = jnp.asarray(mu) * jnp.asarray(epsilon) / 2
+    positive = jnp.where(product <= 0, 1, product)
+    bound = 2 / jnp.asarray(step_size) * positive ** (-2 / jnp.asarray(alpha)) * initial_loss
+    return jnp.where(product <= 0, jnp.inf, bound)
+
+
+def iterations_used(
+    loss: Float[Array, " steps"], xi: ArrayLike, epsilon: ArrayLike
+) -> Float[Array, "..."]:
+    """Updates done when the loss first was at most ``ξ + ε``; infinity if it never was.
+
+    The first iterate counts as no update. ``ξ`` and ``ε`` broadcast; these are the ``t`` with
+    ``L(M_t) ≤ ξ + ε``, which Thm. 5.2 bounds by ``T(ε)``.
+    """
+    goal = jnp.asarray(xi, loss.dtype) + jnp.asarray(epsilon, loss.dtype)
+    reached = loss <= goal[..., None]
+    return jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), jnp.inf)
