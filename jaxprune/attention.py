@@ -202,12 +202,18 @@ def check_fused(x: Array, w: Array, name: str = "w") -> None:
 
 
 def check_row_weights(row_weights: Array | None, x: Array) -> None:
-    """Raise ``InputError`` unless ``row_weights`` has one entry for every token of ``x``."""
+    """Raise ``InputError`` unless every token of ``x`` has a weight, and some count."""
     if row_weights is not None and row_weights.shape != x.shape[:-1]:
         raise InputError(
             f"row_weights of shape {row_weights.shape} and x of shape {x.shape} do not match: "
             "expected one weight for every token"
         )
+    if row_weights is None or isinstance(row_weights, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():
+        usable = bool((row_weights >= 0).all() & (row_weights > 0).any())
+    if not usable:
+        raise InputError("row_weights: expected none below zero and at least one above")
 
 
 def check_finite(**arrays: ArrayLike | None) -> None:

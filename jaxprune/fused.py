@@ -131,6 +131,8 @@ def prune_attention(
         raise InputError(f"preset {preset!r}: expected one of {', '.join(get_args(Preset))}")
     if steps is not None and steps < 0:
         raise InputError(f"steps {steps}: expected a number of updates, 0 or more")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: expected a number of sequences, 1 or more")
     prune = _PRESETS[preset]
     if not isinstance(sparsity.ratio, jax.core.Tracer):
         prune = jax.jit(prune, static_argnames=("sparsity", "steps", "batch_size", "causal"))
@@ -251,8 +253,8 @@ def _paper(
     x: Array,
     w: Array,
     row_weights: Array,
-    lam: Array | None,
-    learning_rate: Array | None,
+    lam: ArrayLike | None,
+    learning_rate: ArrayLike | None,
     key: Array,
     *,
     sparsity: Sparsity,
@@ -289,8 +291,8 @@ def _descent(
     x: Array,
     w: Array,
     row_weights: Array,
-    lam: Array | None,
-    learning_rate: Array | None,
+    lam: ArrayLike | None,
+    learning_rate: ArrayLike | None,
     key: Array,
     *,
     sparsity: Sparsity,

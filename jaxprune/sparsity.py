@@ -58,10 +58,12 @@ class Sparsity:
                     f"sparsity {self.n}:{self.m}: expected 1 <= N <= M (2:4 keeps 2 of every 4)"
                 )
             object.__setattr__(self, "ratio", 1 - self.n / self.m)
-        elif not isinstance(self.ratio, jax.core.Tracer) and not 0 <= float(self.ratio) <= 1:
-            raise InputError(
-                f"sparsity {self.ratio}: expected a removed fraction between 0 and 1, or N:M"
-            )
+        elif not isinstance(self.ratio, jax.core.Tracer):
+            object.__setattr__(self, "ratio", float(self.ratio))
+            if not 0 <= self.ratio <= 1:
+                raise InputError(
+                    f"sparsity {self.ratio:g}: expected a removed fraction between 0 and 1, or N:M"
+                )
 
     @classmethod
     def parse(cls, value: Any) -> Sparsity:

@@ -130,6 +130,12 @@ def test_parse(text, expected):
     assert hash(Sparsity.parse(text)) == hash(expected)
 
 
+def test_a_ratio_may_be_an_array_of_no_axes():
+    found = Sparsity(jnp.float32(0.5))
+    assert found == Sparsity(0.5)
+    assert hash(found) == hash(Sparsity(0.5))
+
+
 def test_text_form_reads_back():
     for text in ("0.5", "2:4", "0.125"):
         assert str(Sparsity.parse(text)) == text
