@@ -35,8 +35,8 @@ class FusedProblem:
       wk: key projection.
     """
 
-    x: Float[Array, "*p b n d"]
-    x_heldout: Float[Array, "*p c m d"]
+    x: Float[Array, "... b n d"]
+    x_heldout: Float[Array, "... c m d"]
     wq: Float[Array, "*p d k"]
     wk: Float[Array, "*p d k"]
 

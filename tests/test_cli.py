@@ -1,0 +1,119 @@
+"""Flags, one-line errors, exit statuses."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxprune.cli import Flag, run_script, use_compilation_cache
+from jaxprune.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the script is for."""
+
+    ratio: float = 0.5
+    """fraction removed"""
+    k: tuple[int, ...] = (16, 64)
+    """widths of a head"""
+    out: Path = Path("runs/x")
+    """folder of the run"""
+    resume: Flag = False
+    """go on"""
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """`run(argv, body)` is the status, what the body was given, and the two outputs."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+    def call(argv, body=None):
+        given = []
+        status = run_script(Config, body or given.append, argv, "tool.py")
+        shown = capsys.readouterr()
+        return status, given, shown.out, shown.err
+
+    return call
+
+
+def test_flags_become_the_dataclass(run):
+    argv = ["--ratio", "0.25", "--k", "8", "32", "--out", "there", "--resume"]
+    expected = Config(ratio=0.25, k=(8, 32), out=Path("there"), resume=True)
+    assert run(argv) == (0, [expected], "", "")
+    assert run([]) == (0, [Config()], "", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--ratio", "half"], "half"),
+        (["--nothing"], "--nothing"),
+        (["--no-resume"], "--no-resume"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(run, argv, named):
+    status, given, out, err = run(argv)
+    assert (status, given, out) == (2, [], "")
+    assert err.startswith("tool.py: error: ")
+    assert named in err
+    assert err.endswith("(see tool.py --help)\n")
+    assert err.count("\n") == 1
+
+
+def test_wrong_input_is_one_line_and_status_2(run):
+    def body(config):
+        raise InputError("--ratio 7:\n  out of range")
+
+    assert run([], body)[::3] == (2, "tool.py: error: --ratio 7: out of range\n")
+
+
+def test_an_interruption_says_how_to_go_on_and_is_status_130(run):
+    def body(config):
+        raise KeyboardInterrupt
+
+    status, _, _, err = run([], body)
+    assert status == 130
+    assert err == "tool.py: interrupted; the same command with --resume continues\n"
+
+
+def test_a_defect_keeps_its_traceback(run):
+    def body(config):
+        raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        run([], body)
+
+
+def test_help_describes_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_script(Config, print, ["--help"], "tool.py")
+    shown = capsys.readouterr().out
+    assert stop.value.code in (0, None)
+    for text in ("What the script is for", "--ratio", "fraction removed", "--k", "--resume"):
+        assert text in shown
+
+
+@pytest.fixture
+def cache_settings():
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path, cache_settings):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxprune" / "xla")
+
+
+def test_a_cache_folder_named_by_the_user_is_left_alone(monkeypatch, cache_settings):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before

@@ -1,0 +1,183 @@
+"""A run folder: whole files, one writer, resumed or refused, never mixed."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pandas as pd
+import pytest
+
+from jaxprune.runs import (
+    RunFolder,
+    check_writable,
+    read_metrics,
+    replacing,
+    write_arrays,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 3
+    ratio: tuple[float, ...] = (0.3, 0.5)
+    out: Path = Path("somewhere")
+    resume: bool = False
+
+
+def files(folder):
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".lock"
+    )
+
+
+def unwritable(tmp_path):
+    """Paths where no folder can be: also true for root."""
+    (tmp_path / "file").write_text("in the way")
+    return [tmp_path / "file", tmp_path / "file" / "below"]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    def fail_half_way():
+        with replacing(tmp_path / "a.txt") as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_half_way()
+    assert files(tmp_path) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", [1])
+    circular = []
+    circular.append(circular)
+    with pytest.raises(ValueError, match="Circular"):
+        write_json(tmp_path / "a.json", circular)
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert files(tmp_path) == ["a.json"]
+
+
+def test_while_a_file_is_written_readers_see_the_old_one(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with replacing(tmp_path / "a.txt") as partial:
+        partial.write_text("new")
+        assert (tmp_path / "a.txt").read_text() == "old"
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_written_files_can_be_read_by_others(tmp_path):
+    write_json(tmp_path / "a.json", 1)
+    assert os.stat(tmp_path / "a.json").st_mode & 0o777 == 0o644
+
+
+def test_arrays_come_back(tmp_path):
+    write_arrays(tmp_path / "a.npz", mask=np.array([True, False]), w=np.eye(2))
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["mask"].tolist() == [True, False]
+        assert (file["w"] == np.eye(2)).all()
+    assert files(tmp_path) == ["a.npz"]
+
+
+def test_a_new_run_says_what_and_where_it_was(tmp_path):
+    with RunFolder(tmp_path / "deep" / "run", Settings()) as run:
+        assert run.figures.is_dir()
+    config = json.loads((run.path / "config.json").read_text())
+    assert config == {"steps": 3, "ratio": [0.3, 0.5]}
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["versions"]["jax"]
+    assert {"command", "python", "backend", "device", "cpu_count"} <= environment.keys()
+
+
+def test_a_finished_part_is_read_back_and_not_computed_again(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return [{"error": 0.1 + 0.2, "lam": None, "method": "wanda"}]
+
+    with RunFolder(tmp_path, Settings()) as run:
+        assert not run.finished("k16")
+        first = run.part("k16", compute)
+        assert run.finished("k16")
+    with RunFolder(tmp_path, Settings(), resume=True) as run:
+        again = run.part("k16", compute)
+    assert first == again == [{"error": 0.1 + 0.2, "lam": None, "method": "wanda"}]
+    assert calls == [1]
+
+
+def test_an_interrupted_part_is_never_seen(tmp_path):
+    def interrupted():
+        yield {"error": 1.0}
+        raise KeyboardInterrupt
+
+    with RunFolder(tmp_path, Settings()) as run:
+        before = files(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            run.part("k16", interrupted)
+        assert not run.finished("k16")
+        assert files(tmp_path) == before
+
+
+def test_a_run_is_not_overwritten_unless_resumed(tmp_path):
+    with RunFolder(tmp_path, Settings()):
+        pass
+    with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
+        RunFolder(tmp_path, Settings()).__enter__()
+    with RunFolder(tmp_path, Settings(out=tmp_path, resume=True), resume=True):
+        pass
+
+
+def test_a_run_is_not_continued_with_other_settings(tmp_path):
+    with RunFolder(tmp_path, Settings()):
+        pass
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
+    with pytest.raises(ValueError, match=r"holds a run with --steps 3, not 4; choose another"):
+        RunFolder(tmp_path, Settings(steps=4), resume=True).__enter__()
+    after = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
+    assert before == after
+    with RunFolder(tmp_path, Settings(), resume=True):
+        pass  # a refused run holds no lock
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    with (
+        RunFolder(tmp_path, Settings()),
+        pytest.raises(ValueError, match="another run is writing there"),
+    ):
+        RunFolder(tmp_path, Settings(), resume=True).__enter__()
+    with filelock.FileLock(tmp_path / ".lock"):
+        pass  # free again
+
+
+def test_the_lock_is_free_after_an_error(tmp_path):
+    def fail():
+        with RunFolder(tmp_path, Settings()):
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    with RunFolder(tmp_path, Settings(), resume=True):
+        pass
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    for out in unwritable(tmp_path):
+        with pytest.raises(ValueError, match=f"--out {out}: cannot write there"):
+            RunFolder(out, Settings()).__enter__()
+        with pytest.raises(ValueError, match=f"--cache {out}: cannot write there"):
+            check_writable(out, "--cache")
+    assert files(tmp_path) == ["file"]
+
+
+def test_metrics_come_back_and_are_asked_for_where_there_are_none(tmp_path):
+    with pytest.raises(ValueError, match=r"metrics\.csv: no such file; run the experiment first"):
+        read_metrics(tmp_path)
+    rows = [{"k": 16, "lam": None, "error": 1 / 3}, {"k": 64, "lam": 0.1, "error": 2.0}]
+    with RunFolder(tmp_path, Settings()) as run:
+        written = run.write_metrics(rows)
+    pd.testing.assert_frame_equal(written, pd.DataFrame(rows))
+    pd.testing.assert_frame_equal(read_metrics(tmp_path), written)
