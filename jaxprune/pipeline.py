@@ -26,7 +26,12 @@ from jaxprune.baselines.wanda import feature_norms, wanda_from_norms
 from jaxprune.calibration import next_hidden
 from jaxprune.descent import Descent, DescentState, Trace, descend
 from jaxprune.errors import InputError
-from jaxprune.factored import QueryKeySettings, head_errors, query_key_descent
+from jaxprune.factored import (
+    QueryKeySettings,
+    head_errors,
+    query_key_context,
+    query_key_descent,
+)
 from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
 from jaxprune.models.llama.descent import BlockContext, BlockSettings, block_descent
 from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, block, rms_norm
@@ -308,7 +313,7 @@ def _descend(
         x0 = streams.normed(streams.dense, dense)
         x = streams.normed(streams.pruned, dense) if settings.propagate else x0
         data = {"x": x, "x0": x0}
-        context = jnp.asarray(inverse_frequencies(streams.config))
+        rope = jnp.asarray(inverse_frequencies(streams.config))
         make: Callable[..., Descent] = query_key_descent
     else:
         weights = {name: getattr(dense, name) for name in TARGETS["all"]}
@@ -317,6 +322,8 @@ def _descend(
         context = BlockContext(dense, _input_norms(dense, streams, TARGETS["all"], settings.batch))
         make = block_descent
     fit, validation = split_sequences(data)
+    if isinstance(chosen, QueryKeySettings):
+        context = query_key_context(weights, fit, rope, chosen)
     start = _start(make, chosen, weights, fit, validation, context)
 
     def chunk(
