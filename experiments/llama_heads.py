@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,7 +53,7 @@ class Config:
     Example: python experiments/llama_heads.py --input layer.npz --out runs/heads
     """
 
-    input: Path
+    input: Path | None = None
     """.npz with the arrays of one layer: x [b, n, d], wq [d, heads, k], wk [d, kv_heads, k], and
     x_heldout [c, m, d] (without it, the last quarter of the sequences is held out)"""
     ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
@@ -74,6 +75,8 @@ class Config:
 
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""
+        if self.input is None:
+            raise InputError("--input: expected the .npz of a layer, see --help")
         for ratio in self.ratios:
             try:
                 Sparsity(ratio)
@@ -89,17 +92,18 @@ class Config:
                 raise InputError(f"--{name.replace('_', '-')}: expected 1 or more")
 
 
-def read_layer(path: Path) -> FusedProblem:
+def read_layer(path: Path | None) -> FusedProblem:
     """One layer's heads as problems that share their activations.
 
     Raises:
       InputError: no such file, not an ``.npz``, a missing array, shapes that do not match, too few
         sequences to hold some out, or values that are not finite.
     """
+    assert path is not None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name], np.float32) for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an .npz"
         raise InputError(f"--input {path}: {reason}; expected x, wq, wk as in --help") from None
     missing = sorted({"x", "wq", "wk"} - arrays.keys())
