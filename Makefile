@@ -1,0 +1,46 @@
+# Every command of the project. `make sweep` and `make test` set up their own environment.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help sweep figures test test-fast lint format clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group dev
+	touch $(READY)
+
+sweep: $(READY) ## the paper's synthetic experiment (Figure 2): runs/synthetic
+	$(BIN)/python experiments/synthetic.py --resume --out runs/synthetic
+
+figures: $(READY) ## draw the figures of finished runs again from their saved metrics
+	@for name in synthetic llama_heads convergence; do \
+	  if [ -f runs/$$name/metrics.csv ]; then \
+	    $(BIN)/python experiments/$$name.py --redraw --out runs/$$name || exit $$?; \
+	  fi; \
+	done
+
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest -q
+
+test-fast: $(READY) ## tests that take seconds
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(READY) ## style, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite files in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment, caches and runs
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
