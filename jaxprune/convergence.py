@@ -132,7 +132,7 @@ class Report:
     def describe(self) -> str:
         """The report in words and numbers, head after head."""
         if not self.steps.ndim:
-            return "\n".join(_sentences(jax.tree.map(np.asarray, self)))
+            return "\n".join(_sentences(self))
         heads = np.ndindex(self.steps.shape)
         texts = (jax.tree.map(lambda a, i=i: a[i], self).describe() for i in heads)
         names = np.ndindex(self.steps.shape)
@@ -177,17 +177,23 @@ def report(
     given = [
         None if a is None else jnp.broadcast_to(a, s) for a, s in zip(given, shapes, strict=True)
     ]
-    given.append(jnp.full(lead, tolerance, dtype))
-    return _reports(series, record, *given)
+    return _reports(series, record, *given, jnp.full(lead, tolerance, dtype))
 
 
 @jax.jit
-def _reports(series: StepSeries, record: StepRecord, *others: Array | None) -> Report:
-    """Reports of all heads; ``others`` are those of ``_report``."""
+def _reports(
+    series: StepSeries,
+    record: StepRecord,
+    xi: Array | None,
+    epsilon: Array | None,
+    lipschitz: Array | None,
+    tolerance: Array,
+) -> Report:
+    """Reports of all heads."""
     one = _report
     for _ in series.loss.shape[:-1]:
         one = jax.vmap(one)
-    return one(series, record, *others)
+    return one(series, record, xi, epsilon, lipschitz, tolerance)
 
 
 def _report(
@@ -219,7 +225,7 @@ def _report(
     nan = jnp.asarray(jnp.nan, loss.dtype)
     touched = record.projected > 0
     return Report(
-        steps=jnp.asarray(before.size),
+        steps=jnp.asarray(before.size, jnp.int32),
         gradient_descent=jnp.all((record.misalignment < _ALIGNED) & (size > 0) | ~moving),
         same_objective=jnp.all(record.same_objective),
         step_size_low=low,

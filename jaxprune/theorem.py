@@ -37,11 +37,11 @@ class StepRecord:
       same_objective: whether the step minimised the same function as the next one will.
     """
 
-    step_size: Float[Array, "*b steps"]
-    squared_step_norm: Float[Array, "*b steps"]
-    misalignment: Float[Array, "*b steps"]
-    projected: Float[Array, "*b steps"]
-    same_objective: Bool[Array, "*b steps"]
+    step_size: Float[Array, "*steps"]
+    squared_step_norm: Float[Array, "*steps"]
+    misalignment: Float[Array, "*steps"]
+    projected: Float[Array, "*steps"]
+    same_objective: Bool[Array, "*steps"]
 
 
 def per_step(view: StepView) -> StepRecord:
@@ -53,7 +53,7 @@ def per_step(view: StepView) -> StepRecord:
     gradient = optax.tree.norm(view.gradient, squared=True)
     length = optax.tree.norm(view.updates, squared=True)
     inner = optax.tree.vdot(view.updates, view.gradient)
-    both = gradient * length
+    norms = jnp.sqrt(gradient) * jnp.sqrt(length)  # the product of the squares may underflow
     change = jax.tree.map(jnp.subtract, view.variable, view.projected)
     leaves = zip(jax.tree.leaves(view.moved), jax.tree.leaves(view.projected), strict=True)
     touched = [jnp.sum(a != b) for a, b in leaves]
@@ -61,19 +61,10 @@ def per_step(view: StepView) -> StepRecord:
     return StepRecord(
         step_size=jnp.where(gradient > 0, -inner / jnp.where(gradient > 0, gradient, 1), 0),
         squared_step_norm=optax.tree.norm(change, squared=True),
-        # Written as quotients of roots, because the product of two squares may underflow.
-        misalignment=jnp.where(
-            both > 0,
-            1 - (inner / jnp.sqrt(jnp.where(both > 0, gradient, 1)) / _root(length, both)) ** 2,
-            0,
-        ),
+        misalignment=jnp.where(norms > 0, 1 - (inner / jnp.where(norms > 0, norms, 1)) ** 2, 0),
         projected=sum(touched, jnp.zeros((), int)) / jnp.asarray(size, gradient.dtype),
         same_objective=view.same_objective,
     )
-
-
-def _root(length: Array, both: Array) -> Array:
-    return jnp.sqrt(jnp.where(both > 0, length, 1))
 
 
 class StepSeries(NamedTuple):
@@ -135,7 +126,9 @@ def pl_envelope(
     """PL envelope: the largest ``μ`` for which the PL inequality holds at all visited points.
 
     ``μ(ξ) = min_t 2‖∇L(M_t)‖^α / (L(M_t) − ξ)`` over points with ``L(M_t) > ξ``. It says nothing of
-    points that were not visited, so it bounds the theorem's ``μ`` from above.
+    points that were not visited, so it bounds the theorem's ``μ`` from above. Points nearer to ξ
+    than 1024 units in the last place of the loss are left out: what is left of ``L − ξ`` there is
+    rounding.
 
     Args:
       loss: ``L`` at the visited points.
@@ -149,12 +142,13 @@ def pl_envelope(
 
     Source: Liang et al. 2025, Def. 5.1; the minimum over a run is ours.
     """
+    rounding = 1024 * jnp.finfo(loss.dtype).eps
     power = squared_gradient_norm ** (jnp.asarray(alpha) / 2)
 
     def one(xi: Array) -> Array:
         gap = loss - xi
         # NaN compares false and so counts as above: it must show in the result.
-        above = ~(gap <= 0)
+        above = ~(gap <= rounding * jnp.maximum(jnp.abs(loss), jnp.abs(xi)))
         return jnp.min(jnp.where(above, 2 * power / jnp.where(above, gap, 1), jnp.inf))
 
     candidates = jnp.asarray(xi, loss.dtype)
