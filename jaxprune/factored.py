@@ -52,8 +52,8 @@ class QueryKeySettings(NamedTuple):
     kv_heads: int
     scale: float
     sparsity: Sparsity
-    steps: int = 800
-    batch_size: int = 4
+    steps: int = 1200
+    batch_size: int = 8
     learning_rate: float = 0.15
     mask_learning_rate: float = 0.003
     refit: bool = True
@@ -91,7 +91,7 @@ def prune_query_key(
     wk: Float[Array, "d g k"],
     sparsity: Sparsity | Any,
     *,
-    rope: Float[Array, " k/2"] | None,
+    rope: Float[Array, " f"] | None,
     scale: float | None = None,
     preset: str = "descent",
     refit: bool = True,
@@ -114,7 +114,7 @@ def prune_query_key(
       scale: of the logits; ``1/√k`` if ``None``.
       preset: ``"descent"``.
       refit: let kept weights adapt; else only the mask is learned.
-      steps: updates, 800 if ``None``.
+      steps: updates, 1200 if ``None``.
       x_dense: inputs that define the dense attention, where ``x`` comes from a pruned model; ``x``
         if ``None``.
       key: randomness of the batches; ``jax.random.key(0)`` if ``None``.
@@ -196,7 +196,7 @@ def _prune(
 def queries_and_keys(
     x: Float[Array, "*b n d"],
     weights: Projections,
-    rope: Float[Array, " k/2"] | None,
+    rope: Float[Array, " f"] | None,
     settings: QueryKeySettings,
 ) -> tuple[Float[Array, "*b g r n k"], Float[Array, "*b g 1 n k"]]:
     """Rotated queries, scale included, and keys; logits are their inner products.
@@ -228,7 +228,7 @@ class QueryKeyContext(NamedTuple):
       importance: factors of ``|w|`` in the ranking, one array for each projection.
     """
 
-    rope: Float[Array, " k/2"] | None
+    rope: Float[Array, " f"] | None
     importance: tuple[Float[Array, "d hk"], Float[Array, "d gk"]]
 
 
@@ -249,7 +249,7 @@ def _sample_errors(
 def query_key_context(
     dense: Projections,
     fit: PyTree,
-    rope: Float[Array, " k/2"] | None,
+    rope: Float[Array, " f"] | None,
     settings: QueryKeySettings,
 ) -> QueryKeyContext:
     """The ranking of weights across the columns of both projections.
@@ -352,7 +352,7 @@ def head_errors(
     weights: Projections,
     x0: Float[Array, "b n d"],
     dense: Projections,
-    rope: Float[Array, " k/2"] | None,
+    rope: Float[Array, " f"] | None,
     settings: QueryKeySettings,
 ) -> tuple[Float[Array, " h"], Float[Array, " h"]]:
     """Squared error and energy of every query head's attention matrices, summed over sequences.

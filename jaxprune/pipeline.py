@@ -360,7 +360,7 @@ def _descend(
 @partial(jax.jit, static_argnums=(0, 1))
 def _start(
     make: Callable[..., Descent],
-    settings: NamedTuple,
+    settings: QueryKeySettings | BlockSettings,
     weights: PyTree,
     fit: PyTree,
     validation: PyTree,
@@ -373,7 +373,7 @@ def _start(
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _advance(
     make: Callable[..., Descent],
-    settings: NamedTuple,
+    settings: QueryKeySettings | BlockSettings,
     state: DescentState,
     weights: PyTree,
     fit: PyTree,
