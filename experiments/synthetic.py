@@ -77,7 +77,7 @@ class Config:
     """widths of a head; one row of the figure each"""
     d: int = 64
     """width of the model"""
-    n: tuple[int, ...] = (32, 64, 128, 256, 512)
+    n: tuple[int, ...] = (32, 64, 128, 256)
     """tokens of a sequence; the one nearest 128 is used for the other two columns"""
     lam: tuple[float, ...] = ()
     """regularisation of Algorithm 1; six decades around the useful ones of each setting if left
