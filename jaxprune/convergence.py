@@ -290,9 +290,12 @@ def _step_sentences(r: Report) -> list[str]:
     lines = [f"Step size η: {sizes}, {against}."]
     lemma = "Descent lemma L(M_t+1) ≤ L(M_t) − (η/2)‖G_t‖²:"
     if r.lemma_broken < 0:
+        ratio = f"smallest ratio {r.smallest_ratio:.4g}, promised 1"
+        if np.isinf(r.smallest_ratio):
+            ratio = "no step promised more than rounding"
         lines.append(
-            f"{lemma} held at every step (smallest ratio {r.smallest_ratio:.4g}, promised 1; "
-            f"rounding of {r.tolerance:.1g} of the loss forgiven)."
+            f"{lemma} held at every step ({ratio}; rounding of {r.tolerance:.1g} of the loss "
+            "forgiven)."
         )
     else:
         lines.append(
@@ -321,5 +324,7 @@ def _pl_sentences(r: Report) -> list[str]:
     for epsilon, bound, used in zip(r.epsilon, r.bound, r.used, strict=True):
         reached = f"{used:.0f} used" if np.isfinite(used) else "not reached on this run"
         lines.append(f"Theorem 5.2, ε = {epsilon:.4g}: T(ε) = {bound:.4g} updates, {reached}.")
+    if r.lemma_broken >= 0:
+        lines.append("As the descent lemma was broken, the theorem promises none of this.")
     lines.append("μ is measured on this run: T(ε) checks the theorem, it does not predict.")
     return lines

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 
 from jaxprune.attention import (
@@ -25,6 +24,7 @@ from jaxprune.attention import (
     relative_error,
     row_errors,
 )
+from jaxprune.convergence import StepRule, certified_lipschitz, gradient_descent, per_step
 from jaxprune.descent import Descent, DescentResult, Trace, descend
 from jaxprune.errors import InputError
 from jaxprune.objective import fused_error
@@ -55,7 +55,7 @@ class PrunedAttention:
       keep_mask: True where kept.
       trace: loss and squared gradient norm at every step, validation errors.
       lam: λ used (chosen from a grid where none was given), the pull of ``descent``.
-      learning_rate: step size used.
+      learning_rate: step size used; NaN where a rule chose one at every step.
       calibration_error: relative error of the attention on ``x``.
       initial_error: the same for the preset's initialisation, the rounded starting point.
       best_step: step of the iterate that was kept; 0 is the initialisation.
@@ -80,12 +80,13 @@ def prune_attention(
     *,
     preset: Preset = "paper",
     lam: ArrayLike | None = None,
-    learning_rate: ArrayLike | None = None,
+    learning_rate: ArrayLike | StepRule | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     causal: bool = True,
     row_weights: Float[Array, "*b n"] | None = None,
     key: Key[Array, ""] | None = None,
+    monitor: bool = False,
 ) -> PrunedAttention:
     """Prune the fused attention weight of one head so that its attention matrix is kept.
 
@@ -106,13 +107,15 @@ def prune_attention(
       preset: ``"paper"`` or ``"descent"``.
       lam: λ of ``paper``; if ``None``, a vmapped grid of λ (and step sizes), chosen on the
         calibration error. Strength of the pull to the dense weights for ``descent``.
-      learning_rate: η of ``paper`` (a grid if ``None``); of ``descent``, Adam's step in units of
-        the mean of ``|w|``.
+      learning_rate: η of ``paper`` (a grid if ``None``), or the name of a rule that chooses it,
+        see ``jaxprune.steps.gradient_descent``; of ``descent``, Adam's step in units of the mean
+        of ``|w|``.
       steps: updates; 300 for ``paper``, 400 for ``descent`` if ``None``.
       batch_size: sequences of a step; all for ``paper``, 4 for ``descent`` if ``None``.
       causal: Def. 3.2 if true, else Def. 1.2.
       row_weights: weight of every token's row in the error; zero leaves a row out.
       key: randomness of batches and orders; ``jax.random.key(0)`` if ``None``.
+      monitor: record in the trace what ``jaxprune.convergence.report`` needs.
 
     Raises:
       InputError: a wrong sparsity, preset, shape or value.
@@ -125,7 +128,11 @@ def prune_attention(
     if w.ndim != 2:
         raise InputError(f"w of shape {w.shape}: expected one head, [d, d]; vmap for more")
     check_row_weights(row_weights, x)
-    check_finite(x=x, w=w, lam=lam, learning_rate=learning_rate, row_weights=row_weights)
+    rule, rate = None, learning_rate
+    if isinstance(rate, str):
+        rule, rate = rate, None
+        _check_rule(rule, preset)
+    check_finite(x=x, w=w, lam=lam, learning_rate=rate, row_weights=row_weights)
     sparsity.check_divides(w.shape[0])
     if preset not in get_args(Preset):
         raise InputError(f"preset {preset!r}: expected one of {', '.join(get_args(Preset))}")
@@ -135,19 +142,32 @@ def prune_attention(
         raise InputError(f"batch_size {batch_size}: expected a number of sequences, 1 or more")
     prune = _PRESETS[preset]
     if not isinstance(sparsity.ratio, jax.core.Tracer):
-        prune = jax.jit(prune, static_argnames=("sparsity", "steps", "batch_size", "causal"))
+        prune = jax.jit(
+            prune, static_argnames=("sparsity", "steps", "batch_size", "causal", "rule", "monitor")
+        )
     return prune(
         x.reshape(-1, *x.shape[-2:]),
         w.astype(accumulation_dtype(w)),
         _all_rows(x, row_weights),
         lam,
-        learning_rate,
+        rate,
         jax.random.key(0) if key is None else key,
         sparsity=sparsity,
         steps=steps,
         batch_size=batch_size,
         causal=causal,
+        rule=rule,
+        monitor=monitor,
     )
+
+
+def _check_rule(rule: str, preset: str) -> None:
+    if rule not in get_args(StepRule):
+        raise InputError(
+            f"learning_rate {rule!r}: expected a number or one of {', '.join(get_args(StepRule))}"
+        )
+    if preset == "descent":
+        raise InputError(f"learning_rate {rule!r}: the preset descent takes numbers only")
 
 
 def _all_rows(x: Array, row_weights: Array | None) -> Float[Array, "b n"]:
@@ -216,13 +236,14 @@ def algorithm1(
     w: Float[Array, "d d"],
     *,
     lam: ArrayLike,
-    learning_rate: ArrayLike,
+    learning_rate: ArrayLike | StepRule,
     sparsity: Sparsity,
     steps: int = 300,
     batch_size: int | None = None,
     causal: bool = True,
     row_weights: Float[Array, "b n"] | None = None,
     key: Key[Array, ""] | None = None,
+    monitor: bool = False,
 ) -> DescentResult:
     """Algorithm 1 for one λ and step size; the mask it ends with is ``state.variable``.
 
@@ -230,18 +251,26 @@ def algorithm1(
     (``jaxprune.sparsity.keep_mask`` of the mask rounds it anew). Arguments as in
     ``prune_attention``, with a leading sequence axis.
 
+    Raises:
+      InputError: a step rule with minibatches: it would be that of another function at every step.
+
     Source: Liang et al. 2025, Algorithm 1.
     """
+    rows = _all_rows(x, row_weights)
+    if isinstance(learning_rate, str) and batch_size is not None and batch_size < x.shape[0]:
+        raise InputError(f"learning_rate {learning_rate!r} needs all sequences: no batch_size")
+    lipschitz = certified_lipschitz(x, w, lam, row_weights=rows)
     descent = Descent(
         objective=partial(_objective, causal=causal),
         relaxation=none(),
-        optimizer=optax.sgd(learning_rate),
+        optimizer=gradient_descent(learning_rate, lipschitz=lipschitz),
         sparsity=sparsity,
         steps=steps,
         batch_size=batch_size,
         penalty=lambda mask: 0.5 * jnp.asarray(lam) * jnp.sum(mask**2),
+        monitor=per_step if monitor else None,
     )
-    data = fused_data(x, w, _all_rows(x, row_weights))
+    data = fused_data(x, w, rows)
     return descend(descent, w, data, key=jax.random.key(0) if key is None else key)
 
 
@@ -261,6 +290,8 @@ def _paper(
     steps: int | None,
     batch_size: int | None,
     causal: bool,
+    rule: StepRule | None,
+    monitor: bool,
 ) -> PrunedAttention:
     """Algorithm 1 at every point of the grid that is left open; the best one is returned."""
 
@@ -269,17 +300,20 @@ def _paper(
             x,
             w,
             lam=lam,
-            learning_rate=rate,
+            learning_rate=rate if rule is None else rule,
             sparsity=sparsity,
             steps=300 if steps is None else steps,
             batch_size=batch_size,
             causal=causal,
             row_weights=row_weights,
             key=key,
+            monitor=monitor,
         )
         return _result(found, x, w, row_weights, lam, rate, causal)
 
-    lams, rates = algorithm1_grid(x, w, lam, learning_rate, causal=causal, row_weights=row_weights)
+    # With a rule there is one run for each λ, and no number to report.
+    asked = learning_rate if rule is None else jnp.nan
+    lams, rates = algorithm1_grid(x, w, lam, asked, causal=causal, row_weights=row_weights)
     grid = jax.vmap(one)(lams.reshape(-1), rates.reshape(-1))
     # NaN (a diverged run whose mask is not finite) must not win.
     errors = jnp.where(jnp.isnan(grid.calibration_error), jnp.inf, grid.calibration_error)
@@ -299,8 +333,11 @@ def _descent(
     steps: int | None,
     batch_size: int | None,
     causal: bool,
+    rule: StepRule | None,
+    monitor: bool,
 ) -> PrunedAttention:
     """Gradual pruning with weights that adapt, validated on data held back."""
+    del rule  # refused before
     steps = 400 if steps is None else steps
     fit, validation = split_calibration(fused_data(x, w, row_weights))
     rate = jnp.asarray(_WEIGHT_STEP if learning_rate is None else learning_rate, w.dtype)
@@ -317,6 +354,7 @@ def _descent(
         batch_size=4 if batch_size is None else batch_size,
         augment=shuffle_tokens,
         sample_errors=partial(_weighted_row_errors, causal=causal),
+        monitor=per_step if monitor else None,
     )
     found = descend(descent, w, fit, key=key, validation=validation)
     return _result(found, x, w, row_weights, pull, rate, causal)

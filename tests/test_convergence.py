@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import InputError, mask_loss
+from jaxprune import InputError, mask_loss, prune_attention
 from jaxprune.convergence import (
     certified_lipschitz,
     curvature,
@@ -578,3 +578,30 @@ class TestMonitor:
         np.testing.assert_allclose(series.squared_gradient_norm, [5, 1.25])
         np.testing.assert_allclose(series.squared_mapping_norm, [5, 0.3125 / 0.75**2])
         np.testing.assert_allclose(series.step_ratio, [0.9375 / 0.625, 0.3125 / (0.3125 / 1.5)])
+
+
+class TestPruneAttention:
+    def test_takes_step_rules_and_monitors(self, key):
+        x, w = head(key, b=2)
+        lam = 0.05
+        for rule in ("certified", "curvature"):
+            pruned = prune_attention(x, w, 0.5, lam=lam, learning_rate=rule, steps=30, monitor=True)
+            found = report(pruned.trace, lipschitz=certified_lipschitz(x, w, lam))
+            assert found.applicable
+            assert found.lemma_broken == -1
+            assert jnp.isnan(pruned.learning_rate)
+            assert int(pruned.keep_mask.sum()) == 32
+
+    def test_other_presets_are_monitored_and_not_applicable(self, key):
+        x, w = head(key, b=4)
+        pruned = prune_attention(x, w, 0.5, preset="descent", steps=10, monitor=True)
+        assert "not applicable" in report(pruned.trace).describe()
+
+    def test_wrong_rules_are_named(self, key, unchecked):
+        x, w = head(key, b=2)
+        with pytest.raises(InputError, match=r"'newton'.*certified"):
+            prune_attention(x, w, 0.5, learning_rate="newton")
+        with pytest.raises(InputError, match="numbers only"):
+            prune_attention(x, w, 0.5, preset="descent", learning_rate="curvature")
+        with pytest.raises(InputError, match="no batch_size"):
+            prune_attention(x, w, 0.5, learning_rate="curvature", batch_size=1)
