@@ -210,7 +210,7 @@ def test_the_default_plan_is_figure_2(synthetic):
     parts = synthetic.plan(synthetic.Config())
     assert len({part.name for part in parts}) == len(parts)
     lengths = [p.n for p in parts if (p.setting, p.k) == ("unit_variance", 16)]
-    assert lengths == [128, 32, 64, 256, 512]
+    assert lengths == [128, 32, 64, 256]
     assert {(p.setting, p.exponent) for p in parts} == {
         ("unit_variance", 0.0),
         ("soft", 0.0),
