@@ -187,27 +187,44 @@ def scale_by_curvature(
             again = again._replace(step_size=size)
             return halvings + 1, too_long(again), again
 
-        state = _once(state.done % every == 0, refresh, state)
+        def shorten_enough(state: CurvatureStepState) -> CurvatureStepState:
+            first = (jnp.zeros((), jnp.int32), jnp.ones((), bool), state)
+            return lax.while_loop(lambda t: t[1] & (t[0] < _HALVINGS), shorten, first)[2]
+
+        state = _where_due(state.done % every == 0, refresh, state)
         # A loss that is not finite is left to the loop: no step makes it comparable.
-        first = (jnp.zeros((), jnp.int32), too_long(state) & jnp.isfinite(value), state)
-        state = lax.while_loop(lambda t: t[1] & (t[0] < _HALVINGS), shorten, first)[2]
+        state = _where_due(too_long(state) & jnp.isfinite(value), shorten_enough, state)
         scaled = jax.tree.map(lambda g: -state.step_size * g, gradient)
         return scaled, state._replace(done=state.done + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _once(due: Array, compute: Callable[[Any], Any], operand: Any) -> Any:
-    """``compute(operand)`` where ``due``, else ``operand``.
+@jax.custom_batching.custom_vmap
+def _any_of(due: Array) -> Array:
+    """The argument; under ``vmap``, one value for all: whether any is true."""
+    return due
 
-    A loop of at most one turn rather than ``lax.cond``: under ``vmap`` a ``cond`` becomes a select
-    and computes always, a loop does nothing while nobody is due.
+
+@_any_of.def_vmap
+def _any_of_batch(axis_size: int, in_batched: list[bool], due: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return _any_of(jnp.any(due, axis=0)), False
+
+
+def _where_due(due: Array, compute: Callable[[Any], Any], operand: Any) -> Any:
+    """``compute(operand)`` where ``due``, else ``operand``; costs nothing while nobody is due.
+
+    Under ``vmap`` a ``cond`` whose predicate is batched becomes a select and computes always, so
+    the predicate asks whether anybody is due. A loop of no or one turn would do as well, but the
+    compiler moves what does not change from turn to turn, most of a Hessian-vector product, out
+    of it and computes that always.
     """
-    return lax.while_loop(
-        lambda turn: turn[0],
-        lambda turn: (jnp.zeros_like(turn[0]), compute(turn[1])),
-        (due, operand),
-    )[1]
+
+    def chosen(operand: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), compute(operand), operand)
+
+    return lax.cond(_any_of(due), chosen, lambda operand: operand, operand)
 
 
 class RecordedCurvature(NamedTuple):
@@ -266,7 +283,7 @@ def record_curvature(
             return RecordedCurvature(state.done, found.vector, value)
 
         due = (state.done % every == 0) & (state.done < every * checkpoints)
-        state = _once(due, measure, state)
+        state = _where_due(due, measure, state)
         return updates, state._replace(done=state.done + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)

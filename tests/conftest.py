@@ -27,6 +27,13 @@ REPOSITORY = Path(__file__).parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Each holds maps of memory, of which a process has 65,530; beyond, compiling crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     """The one source of randomness in JAX code of a test."""

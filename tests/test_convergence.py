@@ -25,6 +25,8 @@ from jaxprune.descent import Descent, descend
 from jaxprune.relaxations import box, none, sigmoid
 from jaxprune.sparsity import Sparsity
 
+slow = pytest.mark.slow
+
 # Rounding that measured curvatures and certified bounds may have, relative to the bound.
 MARGIN = 1e-4
 
@@ -116,7 +118,7 @@ class TestCurvature:
         def loss(flat):
             return mask_loss(flat.reshape(5, 5), x, w, lam=0.1)
 
-        exact = jnp.linalg.eigvalsh(jax.hessian(loss)(mask.reshape(-1)))[-1]
+        exact = jnp.linalg.eigvalsh(jax.jit(jax.hessian(loss))(mask.reshape(-1)))[-1]
         found = curvature(lambda m: mask_loss(m, x, w, lam=0.1), mask, tolerance=1e-6)
         np.testing.assert_allclose(found.value, exact, rtol=1e-9)
         assert found.vector.shape == (5, 5)
@@ -130,13 +132,16 @@ class TestCurvature:
 
     def test_a_warm_start_needs_fewer_products(self, key):
         x, w = head(key, n=48, d=16)
-        fun = lambda m: mask_loss(m, x, w, lam=0.0)  # noqa: E731
-        cold = curvature(fun, jnp.full((16, 16), 0.9))
-        warm = curvature(fun, jnp.full((16, 16), 0.89), start=cold.vector)
+
+        @jax.jit
+        def measure(at, start):
+            return curvature(lambda m: mask_loss(m, x, w, lam=0.0), at, start=start)
+
+        cold_start, there = jnp.zeros((16, 16)), jnp.full((16, 16), 0.89)
+        first = measure(jnp.full((16, 16), 0.9), cold_start)
+        warm, cold = measure(there, first.vector), measure(there, cold_start)
         assert warm.products < cold.products
-        np.testing.assert_allclose(
-            warm.value, curvature(fun, jnp.full((16, 16), 0.89)).value, rtol=0.01
-        )
+        np.testing.assert_allclose(warm.value, cold.value, rtol=0.01)
 
     def test_a_warm_start_at_an_eigenvector_that_was_overtaken_is_left(self):
         fun = lambda v: 0.5 * (v[0] ** 2 + 4 * v[1] ** 2)  # noqa: E731
@@ -186,7 +191,14 @@ class TestCurvature:
 class TestCertifiedLipschitz:
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize(
-        ("n", "d", "b"), [(1, 3, None), (2, 1, None), (9, 4, None), (33, 8, None), (5, 8, 3)]
+        ("n", "d", "b"),
+        [
+            pytest.param(1, 3, None, marks=slow),
+            pytest.param(2, 1, None, marks=slow),
+            pytest.param(9, 4, None, marks=slow),
+            (33, 8, None),
+            (5, 8, 3),
+        ],
     )
     def test_is_never_below_the_measured_curvature(self, n, d, b, causal):
         """300 heads of a shape: scales over four decades, masks inside and far outside [0, 1]."""
@@ -295,7 +307,9 @@ class TestTheorem:
 class TestStepSizes:
     @pytest.mark.parametrize("rule", ["certified", "curvature"])
     @pytest.mark.parametrize("projected", [False, True])
-    @pytest.mark.parametrize("scale", [0.05, 0.5, 4.0])
+    @pytest.mark.parametrize(
+        "scale", [pytest.param(0.05, marks=slow), 0.5, pytest.param(4.0, marks=slow)]
+    )
     def test_descent_lemma_holds_at_every_step(self, key, rule, projected, scale):
         x, w = head(key, scale=scale)
         relaxation = box() if projected else none()
@@ -307,6 +321,7 @@ class TestStepSizes:
         assert found.applicable
         assert run.trace.final_loss < run.trace.loss[0]
 
+    @slow
     @pytest.mark.parametrize("rule", ["certified", "curvature"])
     @pytest.mark.parametrize("projected", [False, True])
     def test_descent_lemma_holds_to_the_last_digit_in_float64(self, key, x64, rule, projected):
@@ -397,6 +412,22 @@ class TestStepSizes:
                 scale_by_curvature(**wrong)
         with pytest.raises(InputError, match="checkpoints"):
             record_curvature(10, 0)
+
+    @pytest.mark.parametrize("optimizer", [record_curvature(5, 2), scale_by_curvature()])
+    def test_under_vmap_nothing_is_measured_while_nobody_is_due(self, optimizer):
+        """A batched predicate would turn the branch into a select that computes always."""
+
+        def step(params, state):
+            value, grad = jax.value_and_grad(lambda p: jnp.sum(p**4))(params)
+            return optimizer.update(
+                grad, state, params, value=value, value_fn=lambda p: jnp.sum(p**4)
+            )
+
+        params = jnp.ones((3, 4))
+        program = jax.make_jaxpr(jax.vmap(step))(params, jax.vmap(optimizer.init)(params))
+        outside = [e.primitive.name for e in program.eqns]
+        assert "cond" in outside
+        assert "while" not in outside
 
     def test_recorded_curvatures_leave_the_descent_alone(self, key):
         x, w = head(key)
@@ -492,6 +523,7 @@ class TestReport:
         x, w = head(key, b=4)
         assert report(mask_descent(x, w, optax.sgd(0.01), batch_size=4).trace).applicable
 
+    @slow
     def test_vmapped_over_forty_heads_equals_one_at_a_time(self, key):
         x, _ = head(key)
         w = 0.5 * jax.random.normal(key, (40, 8, 8))
