@@ -55,6 +55,7 @@ ACCURACIES = tuple(float(10**-power) for power in np.arange(0.5, 4.01, 0.25))
 SHOWN_ACCURACY = 0.01
 CANDIDATES = 40  # ξ of an envelope
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "-", "-", "--", ":", "-.")  # curves that coincide stay visible
 
 
 @dataclass(frozen=True)
@@ -296,19 +297,60 @@ def exponents(metrics: pd.DataFrame) -> pd.DataFrame:
     reached = reached_by_all(metrics)
     rows = []
     for point, frame in reached.groupby(["setting", "lam", "n", "d"], sort=False):
-        slopes = [
-            np.polyfit(np.log(1 / run["epsilon"]), np.log(run["used"]), 1)[0]
-            for _, run in frame.groupby("head")
-            if len(run) >= 3
-        ]
-        if not slopes:
-            continue
-        error = np.std(slopes, ddof=1) / np.sqrt(len(slopes)) if len(slopes) > 1 else np.nan
-        half = student(len(slopes)) * error
-        mean = float(np.mean(slopes))
-        row = dict(zip(("setting", "lam", "n", "d"), cast(tuple, point), strict=True))
-        rows.append(row | {"exponent": mean, "low": mean - half, "high": mean + half})
+        fitted = slopes(frame.assign(inverse=1 / frame["epsilon"]), "inverse", "used")
+        if fitted:
+            row = dict(zip(("setting", "lam", "n", "d"), cast(tuple, point), strict=True))
+            rows.append(row | mean_and_interval(fitted))
     return pd.DataFrame(rows, columns=["setting", "lam", "n", "d", "exponent", "low", "high"])
+
+
+def dependence(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Exponents in λ, n and d of the synthetic heads: updates at one accuracy, and the constants.
+
+    The paper has time O(d·poly(n)/ε). Slopes as in ``exponents``, over values of λ, n or d at which
+    every head has a finite quantity.
+    """
+    base = dict(zip(("lam", "n", "d"), at_base(metrics), strict=True))
+    rows = []
+    for variable in base:
+        here = varied(at_shown_accuracy(metrics), variable, base)
+        for quantity in ("used", "bound", "bound_certified", "mu", "curvature_start"):
+            useful = np.isfinite(here[quantity]) & (here[quantity] > 0)
+            frame = here[useful.groupby(here[variable]).transform("all")]
+            fitted = slopes(frame, variable, quantity)
+            if fitted:
+                row = {"variable": variable, "quantity": quantity}
+                rows.append(row | mean_and_interval(fitted))
+    return pd.DataFrame(rows, columns=["variable", "quantity", "exponent", "low", "high"])
+
+
+def at_shown_accuracy(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the synthetic heads at the accuracy that tables and figures show."""
+    rows = metrics[(metrics["kind"] == "accuracy") & (metrics["setting"] == "synthetic")]
+    return rows[np.isclose(rows["epsilon"], SHOWN_ACCURACY)]
+
+
+def varied(rows: pd.DataFrame, variable: str, base: dict[str, float]) -> pd.DataFrame:
+    """Rows at the base in all of λ, n, d but ``variable``."""
+    others = [key for key in base if key != variable]
+    return rows[(rows[others] == pd.Series(base)[others]).all(axis=1)]
+
+
+def slopes(frame: pd.DataFrame, x: str, y: str) -> list[float]:
+    """Slope of log(y) against log(x) of every head that has three points or more."""
+    return [
+        float(np.polyfit(np.log(run[x]), np.log(run[y]), 1)[0])
+        for _, run in frame.groupby("head")
+        if run[x].nunique() >= 3
+    ]
+
+
+def mean_and_interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean of the heads' exponents with Student's 95% interval (NaN for one head)."""
+    mean = float(np.mean(values))
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    half = student(len(values)) * error
+    return {"exponent": mean, "low": mean - half, "high": mean + half}
 
 
 def reached_by_all(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -373,30 +415,36 @@ def series(metrics: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     synthetic = metrics[
         (metrics["setting"] == "synthetic") & (metrics["n"] == n) & (metrics["d"] == d)
     ]
-    found = [(f"λ = {value:g}", frame) for value, frame in synthetic.groupby("lam")]
+    found = [(f"synthetic, λ = {value:g}", frame) for value, frame in synthetic.groupby("lam")]
     # Least, middle and largest λ: more curves than that hide each other.
     found = [found[i] for i in sorted({0, len(found) // 2, len(found) - 1})]
     models = metrics[metrics["setting"] != "synthetic"]
     return found + [
-        (f"model, {name}, λ = {lam:g}", frame) for name, frame in models.groupby("setting")
+        (f"model, {str(name).replace('layer', 'layer ')}, λ = {lam:g}", frame)
+        for name, frame in models.groupby("setting")
     ]
 
 
 def middle_and_range(axes: Axes, frame: pd.DataFrame, x: str, y: str, **style: object) -> None:
-    """Median over heads as a line, smallest to largest as a band."""
+    """Median over heads as a line, smallest to largest as a band.
+
+    Infinity is a value as any other: what most heads did not reach has no point, what some did
+    not reach has no band.
+    """
     groups = frame.groupby(x)[y]
-    median = groups.median()
+    median, high = (values.replace(np.inf, np.nan) for values in (groups.median(), groups.max()))
     color = style["color"]
     axes.plot(median.index, median, linewidth=1.3, **style)  # type: ignore[arg-type]
     axes.fill_between(
-        median.index.to_numpy(), groups.min(), groups.max(), color=color, alpha=0.12, linewidth=0
+        median.index.to_numpy(), groups.min(), high, color=color, alpha=0.12, linewidth=0
     )
 
 
 def draw_curves(metrics: pd.DataFrame) -> plt.Figure:
     """Distance to ξ, gradient and step ratio against the step."""
     figure, axes = plt.subplots(1, 3, figsize=(11.5, 3.3))
-    for color, (name, frame) in zip(COLORS, series(metrics), strict=False):
+    for color, dash, (name, frame) in zip(COLORS, DASHES, series(metrics), strict=False):
+        look = {"color": color, "linestyle": dash}
         xi = frame[frame["kind"] == "accuracy"].groupby("head")["xi"].first()
         steps = frame[frame["kind"] == "step"].copy()
         steps["gap"] = steps["loss"] - steps["head"].map(xi)
@@ -404,12 +452,12 @@ def draw_curves(metrics: pd.DataFrame) -> plt.Figure:
         gaps = steps[steps["t"] < steps["t"].max() / 2]
         steps["t"] += 1
         gaps = gaps.assign(t=gaps["t"] + 1)
-        middle_and_range(axes[0], gaps, "t", "gap", color=color, label=name)
-        middle_and_range(axes[1], steps, "t", "squared_gradient_norm", color=color)
+        middle_and_range(axes[0], gaps, "t", "gap", label=name, **look)
+        middle_and_range(axes[1], steps, "t", "squared_gradient_norm", **look)
         # Further on, the decrease of a step is rounding.
         falling = gaps[gaps["gap"] > 1e-3 * gaps["loss"]]
         if len(falling):
-            middle_and_range(axes[2], falling, "t", "step_ratio", color=color)
+            middle_and_range(axes[2], falling, "t", "step_ratio", **look)
     axes[2].axhline(1, color="black", linewidth=1, linestyle="--")
     axes[2].annotate(
         "descent lemma: at least 1",
@@ -440,10 +488,9 @@ def draw_curves(metrics: pd.DataFrame) -> plt.Figure:
 def draw_envelope(metrics: pd.DataFrame) -> plt.Figure:
     """PL envelope against ξ."""
     figure, axes = plt.subplots(figsize=(5.4, 3.6))
-    for color, (name, frame) in zip(COLORS, series(metrics), strict=False):
-        frame = frame.copy()
+    for color, dash, (name, frame) in zip(COLORS, DASHES, series(metrics), strict=False):
         envelope = frame[frame["kind"] == "envelope"]
-        middle_and_range(axes, envelope, "xi_share", "mu", color=color, label=name)
+        middle_and_range(axes, envelope, "xi_share", "mu", color=color, linestyle=dash, label=name)
         runs = frame[frame["kind"] == "accuracy"].groupby("head").first()
         axes.plot(runs["xi"] / runs["initial_loss"], runs["mu"], "o", color=color, markersize=3.5)
     axes.set_yscale("log")
@@ -486,7 +533,8 @@ def draw_bound(metrics: pd.DataFrame) -> plt.Figure:
         title = name
         if point in fitted.index:
             fit = fitted.loc[point]
-            title += f"\nused ∝ (1/ε)^{fit['exponent']:.2f} [{fit['low']:.2f}, {fit['high']:.2f}]"
+            interval = f"[{fit['low']:.2f}, {fit['high']:.2f}]"
+            title += f"\nused ∝ $(1/ε)^{{{fit['exponent']:.2f}}}$, 95%: {interval}"
         cell.set_title(title, fontsize=8.5)
         cell.set_xscale("log")
         cell.set_yscale("log")
@@ -498,9 +546,9 @@ def draw_bound(metrics: pd.DataFrame) -> plt.Figure:
 def draw_dependence(metrics: pd.DataFrame) -> plt.Figure:
     """Updates, bound and constants against λ, n and d."""
     base = dict(zip(("lam", "n", "d"), at_base(metrics), strict=True))
-    runs = metrics[(metrics["kind"] == "accuracy") & (metrics["setting"] == "synthetic")]
-    runs = runs[np.isclose(runs["epsilon"], SHOWN_ACCURACY)]
-    figure, axes = plt.subplots(2, 3, figsize=(10, 5.4), sharey="row", sharex="col")
+    runs = at_shown_accuracy(metrics)
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5.6), sharey="row", sharex="col")
+    fitted = dependence(metrics)
     upper = (
         ("used", "updates used", "-", "o"),
         ("bound", r"$T(\varepsilon)$, $\eta$ of the run", "--", "s"),
@@ -513,31 +561,33 @@ def draw_dependence(metrics: pd.DataFrame) -> plt.Figure:
     )
     for column, (name, symbol) in enumerate((("lam", "λ"), ("n", "n"), ("d", "d"))):
         others = [key for key in base if key != name]
-        here = runs[(runs[others] == pd.Series(base)[others]).all(axis=1)]
+        here = varied(runs, name, base)
         for row, lines in enumerate((upper, lower)):
             cell = axes[row, column]
             for color, (value, label, dash, marker) in zip(COLORS, lines, strict=False):
-                finite = here[np.isfinite(here[value])]
-                if len(finite):
-                    middle_and_range(
-                        cell,
-                        finite,
-                        name,
-                        value,
-                        color=color,
-                        linestyle=dash,
-                        marker=marker,
-                        markersize=4,
-                        label=label,
-                    )
+                middle_and_range(
+                    cell,
+                    here,
+                    name,
+                    value,
+                    color=color,
+                    linestyle=dash,
+                    marker=marker,
+                    markersize=4,
+                    label=label,
+                )
             if row == 1:
                 places = sorted(here[name].unique())
                 alone = [4 * (value if name == "lam" else base["lam"]) for value in places]
                 cell.plot(places, alone, color="black", linewidth=0.8, label=r"$4\lambda$")
             cell.set_xscale("log", base=10 if name == "lam" else 2)
             cell.set_yscale("log")
-        fixed = ", ".join(f"{'λ' if key == 'lam' else key} = {base[key]:g}" for key in others)
-        axes[0, column].set_title(fixed, fontsize=9)
+        title = ", ".join(f"{'λ' if key == 'lam' else key} = {base[key]:g}" for key in others)
+        fit = fitted[(fitted["variable"] == name) & (fitted["quantity"] == "used")]
+        for _, found in fit.iterrows():
+            interval = f"[{found['low']:.2f}, {found['high']:.2f}]"
+            title += f"\nused ∝ ${symbol}^{{{found['exponent']:.2f}}}$, 95%: {interval}"
+        axes[0, column].set_title(title, fontsize=9)
         axes[1, column].set_xlabel(symbol)
     axes[0, 0].set_ylabel(rf"updates, $\varepsilon = {SHOWN_ACCURACY:g}\,(L(M_0) - \xi)$")
     axes[1, 0].set_ylabel("constants of the theorem")
@@ -575,6 +625,14 @@ def report_on(metrics: pd.DataFrame, folder: Path) -> None:
         "(`bound_certified`: for η = 1/L₂). `exponent`: used ∝ (1/ε)^exponent, with a 95% "
         "interval over heads.\n\n" + table.to_markdown(index=False, floatfmt=".3g") + "\n"
     )
+    fitted = dependence(metrics)
+    if len(fitted):
+        text += (
+            "\n`quantity` ∝ `variable`^`exponent` on the synthetic heads, with a 95% interval over "
+            "heads; the paper has time O(d·poly(n)/ε).\n\n"
+            + fitted.to_markdown(index=False, floatfmt=".3g")
+            + "\n"
+        )
     with replacing(folder / "tables.md") as partial_file:
         partial_file.write_text(text)
     print(text)
