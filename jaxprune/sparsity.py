@@ -133,7 +133,8 @@ def keep_mask(
       group: which entries compete.
       block_size: inputs of a group ``"block"``; the last block may be smaller.
       fraction: of the final drop count, in ``[0, 1]``, for schedules; may be traced. One is
-        exact; below it counts are rounded down.
+        exact; below it counts are rounded down. With N:M, what the pattern would drop goes in
+        the order of scores over the whole matrix, so that groups do not all lose one at once.
 
     Returns:
       True for kept entries; exactly ``drop_count`` of every group are False at fraction one.
@@ -145,8 +146,12 @@ def keep_mask(
     sparsity.check_divides(d_in)
     if sparsity.m is not None:
         groups = scores.reshape(d_in // sparsity.m, sparsity.m, d_out).transpose(0, 2, 1)
-        kept = keep_highest(groups, _drop(sparsity, sparsity.m, fraction))
-        return kept.transpose(0, 2, 1).reshape(d_in, d_out)
+        kept = keep_highest(groups, sparsity.drop_count(sparsity.m))
+        kept = kept.transpose(0, 2, 1).reshape(d_in, d_out)
+        if _is_one(fraction):
+            return kept
+        safe = jnp.where(kept, jnp.inf, scores).reshape(-1)
+        return keep_highest(safe, _drop(sparsity, scores.size, fraction)).reshape(d_in, d_out)
     if group == "block":
         blocks = [scores[i : i + block_size] for i in range(0, d_in, block_size)]
         return jnp.concatenate([keep_mask(b, sparsity, fraction=fraction) for b in blocks])
@@ -160,9 +165,13 @@ def keep_mask(
     raise InputError(f"group {group!r}: expected one of {', '.join(get_args(Group))}")
 
 
+def _is_one(fraction: ArrayLike) -> bool:
+    return isinstance(fraction, float) and fraction == 1.0
+
+
 def _drop(sparsity: Sparsity, size: int, fraction: ArrayLike) -> int | Array:
     count = sparsity.drop_count(size)
-    if isinstance(fraction, float) and fraction == 1.0:
+    if _is_one(fraction):
         return count
     return jnp.floor(count * jnp.asarray(fraction, jnp.float32) + 1e-3).astype(jnp.int32)
 

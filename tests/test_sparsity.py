@@ -95,11 +95,19 @@ def test_schedule_fraction_rises_to_the_exact_count():
     assert counts[0] == 0
     assert counts[-1] == 31
     assert counts == sorted(counts)
-    stages = [
-        int((~keep_mask(scores[:8], Sparsity.parse("2:4"), fraction=jnp.float32(f))).sum())
-        for f in (0.0, 0.49, 0.5, 0.99, 1.0)
-    ]
-    assert stages == [0, 0, 14, 14, 28]
+
+
+def test_a_pattern_is_approached_weight_by_weight():
+    scores = jax.random.normal(jax.random.key(0), (8, 7))
+    final = keep_mask(scores, Sparsity.parse("2:4"))
+    for f, count in ((0.0, 0), (0.49, 13), (0.5, 14), (0.99, 27), (1.0, 28)):
+        kept = keep_mask(scores, Sparsity.parse("2:4"), fraction=jnp.float32(f))
+        assert int((~kept).sum()) == count
+        assert not (final & ~kept).any()
+        # Among what the pattern drops, the lowest go first.
+        waiting = np.asarray(scores)[~np.asarray(final) & np.asarray(kept)]
+        gone = np.asarray(scores)[~np.asarray(kept)]
+        assert max(gone, default=-np.inf) <= min(waiting, default=np.inf)
 
 
 def test_vmap_equals_a_loop_and_jit_equals_eager():
