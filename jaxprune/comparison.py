@@ -7,7 +7,7 @@ judges them all; both are mapped over problems (seeds or heads) and ratios.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.attention import contract, relative_error
 from jaxprune.baselines import PrunedLinear, magnitude, sparsegpt, wanda
-from jaxprune.fused import algorithm1, prune_attention
+from jaxprune.fused import algorithm1, algorithm1_grid, prune_attention
 from jaxprune.sparsity import Sparsity, keep_mask
 
 # Algorithm 1 has a grid of λ and step sizes, hence a function of its own below.
@@ -40,10 +40,35 @@ class FusedProblem:
     wq: Float[Array, "*p d k"]
     wk: Float[Array, "*p d k"]
 
+    @classmethod
+    def of_layer(
+        cls,
+        x: Float[Array, "b n d"],
+        x_heldout: Float[Array, "c m d"],
+        wq: Float[Array, "d h k"],
+        wk: Float[Array, "d g k"],
+    ) -> FusedProblem:
+        """The heads of one layer: each query head with the key head it shares, ``1/√k`` in ``wq``.
+
+        Args:
+          x: inputs of the projections to calibrate on, shared by all heads.
+          x_heldout: inputs to judge by.
+          wq: query projection.
+          wk: key projection; key head ``j`` serves the query heads ``j·h/g … (j+1)·h/g − 1``.
+        """
+        heads, width = wq.shape[1:]
+        wk = jnp.repeat(wk, heads // wk.shape[1], axis=1)
+        scaled = wq * jnp.asarray(width**-0.5, wq.dtype)
+        return cls(x, x_heldout, jnp.moveaxis(scaled, 1, 0), jnp.moveaxis(wk, 1, 0))
+
     @property
     def w(self) -> Float[Array, "*p d d"]:
         """Fused weight ``W_Q W_Kᵀ``."""
         return _fuse(self.wq, self.wk)
+
+    def heads(self, chosen: slice) -> FusedProblem:
+        """Some of the problems, where all share their activations."""
+        return replace(self, wq=self.wq[chosen], wk=self.wk[chosen])
 
 
 def _fuse(wq: Array, wk: Array) -> Array:
@@ -98,20 +123,30 @@ _ON_FUSED: dict[str, Callable[..., Pruned]] = {
     "ranking": partial(_descent, steps=0),
     "descent": _descent,
 }
+ON_PROJECTIONS = tuple(_ON_PROJECTIONS)
 METHODS = (*_ON_PROJECTIONS, *_ON_FUSED)
 
 
-def compare(problems: FusedProblem, ratios: Float[Array, " r"], *, method: str) -> Outcome:
+def compare(
+    problems: FusedProblem, ratios: Float[Array, " r"], *, method: str, steps: int | None = None
+) -> Outcome:
     """Outcomes ``[problems, ratios]`` of one of ``METHODS``.
 
     Args:
       problems: with one leading axis.
       ratios: fractions removed.
       method: Wanda and SparseGPT prune both projections, the others the fused weight.
+      steps: of ``descent``; the preset's if ``None``.
     """
-    on_projections = method in _ON_PROJECTIONS
-    weights = (problems.wq, problems.wk) if on_projections else (problems.w,)
-    return _judge(problems, *_prune(problems.x, weights, ratios, method=method))
+    return judge(problems, *prune(problems, ratios, method=method, steps=steps))
+
+
+def prune(
+    problems: FusedProblem, ratios: Float[Array, " r"], *, method: str, steps: int | None = None
+) -> Pruned:
+    """Effective fused weights ``[problems, ratios, d, d]`` and keep masks; see ``compare``."""
+    weights = (problems.wq, problems.wk) if method in ON_PROJECTIONS else (problems.w,)
+    return _prune(problems.x, weights, ratios, method=method, steps=steps)
 
 
 def _problem_axis(x: Array) -> int | None:
@@ -119,14 +154,23 @@ def _problem_axis(x: Array) -> int | None:
     return 0 if x.ndim == 4 else None
 
 
-@partial(jax.jit, static_argnames="method")
-def _prune(x: Array, weights: tuple[Array, ...], ratios: Array, *, method: str) -> Pruned:
+@partial(jax.jit, static_argnames=("method", "steps"))
+def _prune(
+    x: Array, weights: tuple[Array, ...], ratios: Array, *, method: str, steps: int | None
+) -> Pruned:
     prune = (_ON_PROJECTIONS | _ON_FUSED)[method]
+    if method == "descent" and steps is not None:
+        prune = partial(prune, steps=steps)
     over_ratios = jax.vmap(lambda x, weights, r: prune(x, *weights, r), (None, None, 0))
     return jax.vmap(over_ratios, (_problem_axis(x), 0, None))(x, weights, ratios)
 
 
-def _judge(problems: FusedProblem, weight: Array, keep_masks: tuple[Array, ...]) -> Outcome:
+def judge(
+    problems: FusedProblem,
+    weight: Float[Array, "p r d d"],
+    keep_masks: tuple[Bool[Array, "p r _ _"], ...],
+) -> Outcome:
+    """Errors of pruned heads and what they store."""
     calibration, heldout = _errors(problems.x, problems.x_heldout, problems.w, weight)
     stored = [mask.sum(axis=(-1, -2)) for mask in keep_masks]
     return Outcome(calibration, heldout, jnp.asarray(sum(stored)), keep_masks)
@@ -173,7 +217,7 @@ def compare_algorithm1(
     weight, kept, chosen = _algorithm1(
         problems.x, w, ratios, lam, rates, steps=steps, batch_size=batch_size
     )
-    return _judge(problems, weight, (kept,)), chosen
+    return judge(problems, weight, (kept,)), chosen
 
 
 @partial(jax.jit, static_argnames=("steps", "batch_size"))
@@ -213,3 +257,79 @@ def _algorithm1(
         return jax.vmap(at_ratio)(ratios)
 
     return jax.vmap(one, (_problem_axis(x), 0, 0, 0))(x, w, lam, rates)
+
+
+# Successive halving of the grid of Algorithm 1: every point runs for the first number of steps,
+# as many as the second go on to the end, and they are judged on so many sequences.
+_SCREEN_STEPS = 60
+_FINALISTS = 3
+_JUDGED = 16
+
+
+def search_algorithm1(
+    problems: FusedProblem,
+    ratios: Float[Array, " r"],
+    *,
+    steps: int = 300,
+    batch_size: int | None = None,
+) -> tuple[Pruned, Float[Array, "p r"], Float[Array, "p r"]]:
+    """Algorithm 1 with λ and step size found on the calibration error, head by head.
+
+    All points of ``jaxprune.fused.algorithm1_grid`` run for a few steps; those with the least
+    calibration error at the middle ratio start again and run to the end, and each ratio takes the
+    best of them. Errors are taken on at most 16 of the calibration sequences.
+
+    Args:
+      problems: with one leading axis, activations shared.
+      ratios: fractions removed, ascending.
+      steps: updates of gradient descent.
+      batch_size: sequences of a step; all if ``None``.
+
+    Returns:
+      Pruned weights and keep masks ``[problems, ratios]``, and the λ and step sizes chosen.
+    """
+    weight, kept, lam, rate = _search(
+        problems.x, problems.w, ratios, steps=steps, batch_size=batch_size
+    )
+    return (weight, (kept,)), lam, rate
+
+
+@partial(jax.jit, static_argnames=("steps", "batch_size"))
+def _search(
+    x: Array, w: Array, ratios: Array, *, steps: int, batch_size: int | None
+) -> tuple[Array, Array, Array, Array]:
+    judged = x[..., :: -(-x.shape[-3] // _JUDGED), :, :]
+
+    def one(x: Array, judged: Array, w: Array) -> tuple[Array, ...]:
+        def learn(lam: Array, rate: Array, steps: int) -> Array:
+            found = algorithm1(
+                x,
+                w,
+                lam=lam,
+                learning_rate=rate,
+                sparsity=Sparsity(0.5),
+                steps=steps,
+                batch_size=batch_size,
+            )
+            return found.state.variable
+
+        def errors(masks: Array, ratio: Array) -> Array:
+            kept = jax.vmap(lambda mask: keep_mask(mask, Sparsity(ratio)))(masks)
+            found = jax.lax.map(partial(relative_error, judged, w), jnp.where(kept, w, 0))
+            # NaN, from a step size that diverged, must not win.
+            return jnp.where(jnp.isnan(found), jnp.inf, found)
+
+        lams, rates = (a.reshape(-1) for a in algorithm1_grid(x, w))
+        screened = jax.vmap(partial(learn, steps=min(_SCREEN_STEPS, steps)))(lams, rates)
+        order = jnp.argsort(errors(screened, ratios[ratios.size // 2]))
+        lams, rates = (a[order[:_FINALISTS]] for a in (lams, rates))
+        masks = jax.vmap(partial(learn, steps=steps))(lams, rates)
+
+        def at_ratio(ratio: Array) -> tuple[Array, ...]:
+            best = jnp.argmin(errors(masks, ratio))
+            kept = keep_mask(masks[best], Sparsity(ratio))
+            return jnp.where(kept, w, 0), kept, lams[best], rates[best]
+
+        return jax.lax.map(at_ratio, ratios)
+
+    return jax.vmap(one, (_problem_axis(x), _problem_axis(x), 0))(x, judged, w)

@@ -343,6 +343,25 @@ def test_shuffling_every_token_changes_order_only(key):
     )
 
 
+def test_a_share_of_the_sequences_keeps_its_order(key):
+    position = jnp.tile(jnp.arange(12.0), (200, 1))
+    batch = {"x": position, "row_weights": jnp.ones((200, 12))}
+    moved = (shuffle_tokens(key, batch, share=0.25)["x"] != position).any(axis=1)
+    assert 0.15 < moved.mean() < 0.35
+    assert not (shuffle_tokens(key, batch, share=0.0)["x"] != position).any()
+
+
+def test_many_sequences_are_worth_more_steps_and_less_pull(key):
+    w = draw(key)[1]
+    few, many = (
+        prune_attention(jax.random.normal(key, (b, 4, 8)), w, 0.5, preset="descent", batch_size=1)
+        for b in (63, 64)
+    )
+    assert (few.trace.loss.size, many.trace.loss.size) == (400, 800)
+    assert many.lam < few.lam
+    assert many.learning_rate > few.learning_rate
+
+
 def test_a_second_call_compiles_nothing(key, prune, compiled):
     x, w = draw(key)
     other = x + 1, 2 * w
