@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast, get_args
+from typing import ClassVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ from jaxprune.convergence import (
 from jaxprune.errors import InputError
 from jaxprune.fused import algorithm1
 from jaxprune.models import llama
+from jaxprune.models.llama.files import checkpoint_hashes
 from jaxprune.models.tokenizer import Tokenizer
 from jaxprune.objective import mask_loss
 from jaxprune.runs import RunFolder, read_metrics, replacing
@@ -53,6 +54,7 @@ LOGITS_STD = 2.0
 # Accuracies ε as fractions of L(M_0) − ξ.
 ACCURACIES = tuple(float(10**-power) for power in np.arange(0.5, 4.01, 0.25))
 SHOWN_ACCURACY = 0.01
+COLUMNS = ("kind", "setting", "lam", "n", "d", "head", "epsilon", "used", "bound", "xi_share", "t")
 CANDIDATES = 40  # ξ of an envelope
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "-", "-", "--", ":", "-.")  # curves that coincide stay visible
@@ -93,6 +95,10 @@ class Config:
     """go on with the run in --out"""
     redraw: Flag = False
     """only draw figures and tables again from what is in --out"""
+    repeat: Path | None = None
+    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+
+    memory_flags: ClassVar[str] = "--seeds, --n, --d or --seqlen"
 
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""
@@ -200,6 +206,7 @@ class ModelHeads:
             config.calibration, tokenizer, windows=1, seqlen=config.seqlen, heldout=0
         )
         self._model, self._tokens = llama.load(folder, "float32"), jnp.asarray(windows.tokens)
+        self.inputs = {"model": checkpoint_hashes(folder), "calibration": windows.hashes()}
 
     def heads(self, layer: int) -> tuple[jax.Array, jax.Array]:
         """``x [heads, 1, n, d]`` and ``w = W_Q W_Kᵀ/√k`` of every query head."""
@@ -642,12 +649,13 @@ def report_on(metrics: pd.DataFrame, folder: Path) -> None:
 def body(config: Config) -> None:
     """Run, or redraw."""
     if config.redraw:
-        report_on(read_metrics(config.out), config.out)
+        report_on(read_metrics(config.out, COLUMNS), config.out)
         return
     config.check()
     model = None if config.model == "none" else ModelHeads(config)
     parts = plan(config, None if model is None else model.settings.hidden_size)
-    with RunFolder(config.out, config, resume=config.resume) as run:
+    inputs = {} if model is None else model.inputs
+    with RunFolder(config.out, config, resume=config.resume, inputs=inputs) as run:
         rows: list[dict] = []
         form = "{l_bar}{bar}| {elapsed} elapsed, {remaining} left{postfix}"
         with tqdm(total=sum(part.cost for part in parts), bar_format=form) as bar:

@@ -13,12 +13,11 @@ For example::
 from __future__ import annotations
 
 import sys
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +39,18 @@ from jaxprune.comparison import (
 )
 from jaxprune.errors import InputError
 from jaxprune.fused import algorithm1_grid
-from jaxprune.runs import RunFolder, read_metrics, replacing, write_arrays
+from jaxprune.runs import (
+    RunFolder,
+    hashes,
+    read_arrays,
+    read_metrics,
+    replacing,
+    write_arrays,
+)
 from jaxprune.sparsity import Sparsity
 
 SHOWN = (ALGORITHM1, *METHODS)
+COLUMNS = ("head", "method", "ratio", "calibration_error", "heldout_error", "stored_weights")
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,10 @@ class Config:
     """go on with the run in --out"""
     redraw: Flag = False
     """only draw figure and table again from the metrics in --out"""
+    repeat: Path | None = None
+    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+
+    memory_flags: ClassVar[str] = "--head-batch or --batch-size"
 
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""
@@ -101,11 +112,15 @@ def read_layer(path: Path | None) -> FusedProblem:
     """
     assert path is not None
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name], np.float32) for name in file.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an .npz"
-        raise InputError(f"--input {path}: {reason}; expected x, wq, wk as in --help") from None
+        found = read_arrays(path, "expected x, wq, wk as in --help")
+    except InputError as error:
+        raise InputError(f"--input {error}") from None
+    kinds = {name: array.dtype.kind for name, array in found.items()}
+    if not set(kinds.values()) <= set("fiub"):
+        name = next(name for name, kind in kinds.items() if kind not in "fiub")
+        raise InputError(f"--input {path}: {name} does not hold real numbers")
+    with np.errstate(over="ignore"):  # what does not fit is infinite, and refused as such
+        arrays = {name: array.astype(np.float32) for name, array in found.items()}
     missing = sorted({"x", "wq", "wk"} - arrays.keys())
     if missing:
         raise InputError(f"--input {path}: no array named {', '.join(missing)}")
@@ -273,17 +288,18 @@ def report(metrics: pd.DataFrame, folder: Path) -> None:
 def body(config: Config) -> None:
     """Run, or redraw."""
     if config.redraw:
-        report(read_metrics(config.out), config.out)
+        report(read_metrics(config.out, COLUMNS), config.out)
         return
     config.check()
     problems = read_layer(config.input)
-    with RunFolder(config.out, config, resume=config.resume) as run:
+    assert config.input is not None
+    inputs = {"input": hashes([config.input])}
+    with RunFolder(config.out, config, resume=config.resume, inputs=inputs) as run:
         rows: list[dict] = []
         masks: dict[str, np.ndarray] = {}
         for name, method, heads in tqdm(list(plan(config, problems.wq.shape[0])), unit="part"):
             rows += run.part(name, partial(compute, run, name, problems, heads, method, config))
-            with np.load(run.part_file(name), allow_pickle=False) as file:
-                masks |= {key: file[key] for key in file.files}
+            masks |= run.part_arrays(name)
         write_arrays(run.path / "keep_masks.npz", **masks)
         metrics = run.write_metrics(rows)
     report(metrics, config.out)

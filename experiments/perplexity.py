@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxprune import cli, data, perplexity
 from jaxprune.models import llama
@@ -34,6 +34,8 @@ class PerplexityConfig:
     """Windows at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; the cross-entropy is float32."""
+
+    memory_flags: ClassVar[str] = "--batch or --seqlen"
 
 
 def measure(config: PerplexityConfig) -> None:

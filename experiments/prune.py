@@ -13,12 +13,11 @@ For example::
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import matplotlib.pyplot as plt
@@ -31,10 +30,17 @@ from jaxprune.cli import Flag, run_script
 from jaxprune.errors import InputError
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import write_weights
-from jaxprune.models.llama.files import check_new_folder, new_folder, read_json
+from jaxprune.models.llama.files import check_new_folder, checkpoint_hashes, new_folder
 from jaxprune.models.tokenizer import Tokenizer
 from jaxprune.pipeline import TARGETS, Progress, PruneSettings, prune_model, units
-from jaxprune.runs import RunFolder, configuration, environment, write_arrays, write_json
+from jaxprune.runs import (
+    RunFolder,
+    configuration,
+    environment,
+    read_json,
+    write_arrays,
+    write_json,
+)
 from jaxprune.sparsity import Sparsity
 
 
@@ -75,6 +81,10 @@ class Config:
     """of the descent's batches and of windows drawn from C4"""
     resume: Flag = False
     """go on with an interrupted run with the same --out"""
+    repeat: Path | None = None
+    """folder of a pruned checkpoint to make again in --out, with its settings, and to compare"""
+
+    memory_flags: ClassVar[str] = "--batch, --windows or --seqlen"
 
     def settings(self) -> PruneSettings:
         """What the pipeline needs to know."""
@@ -143,11 +153,6 @@ def summary_figure(metrics: pd.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
-def digest(tokens: np.ndarray) -> str:
-    """SHA-256 of windows, to tell whether two runs saw the same text."""
-    return hashlib.sha256(np.ascontiguousarray(tokens, np.int32).tobytes()).hexdigest()
-
-
 def body(config: Config) -> None:
     """Check everything, prune block by block, write the checkpoint whole."""
     settings = config.settings()
@@ -173,9 +178,13 @@ def body(config: Config) -> None:
         f"blocks; besides the weights and one block's work, {hidden / 2**20:.0f} MiB of hidden "
         f"states are held, in proportion to the windows"
     )
-    # The hash of the text takes part in the comparison with an earlier run.
-    stamped = dataclasses.replace(config, calibration=digest(calibration.tokens))
-    with RunFolder(work_folder(config.out), stamped, resume=config.resume) as run:
+    inputs = {
+        "model": checkpoint_hashes(folder),
+        "calibration": calibration.hashes(),
+        "heldout": heldout.hashes(),
+    }
+    work = work_folder(config.out)
+    with RunFolder(work, config, resume=config.resume, inputs=inputs) as run:
         model = llama.load(folder)
         masks: dict[str, np.ndarray] = {}
         rows: list[dict[str, Any]] = []
@@ -191,7 +200,7 @@ def body(config: Config) -> None:
             ):
                 masks |= {f"{layer}.{name}": mask for name, mask in kept.items()}
                 rows += new
-        write(config, model, folder, masks, rows, calibration, heldout)
+        write(config, model, folder, masks, rows, calibration, heldout, run.inputs)
     run.remove()
 
 
@@ -203,6 +212,7 @@ def write(
     rows: list[dict[str, Any]],
     calibration: data.Windows,
     heldout: data.Windows,
+    inputs: dict[str, dict[str, str]],
 ) -> None:
     """The new checkpoint with its report, masks and figure; it appears whole or not at all."""
     metrics = pd.DataFrame(rows)
@@ -210,8 +220,9 @@ def write(
     report = {
         "configuration": configuration(config),
         "environment": environment(),
-        "calibration": {**calibration.protocol, "sha256": digest(calibration.tokens)},
-        "heldout": {**heldout.protocol, "sha256": digest(heldout.tokens)},
+        "inputs": inputs,
+        "calibration": calibration.protocol,
+        "heldout": heldout.protocol,
         "achieved_sparsity": achieved,
         "attention_error": rows,
         "peak_device_memory": _peak_memory(),

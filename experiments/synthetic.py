@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,10 @@ from jaxprune.sparsity import Sparsity
 
 HELDOUT_SEQUENCES = 8
 SHOWN = (ALGORITHM1, *METHODS)
+COLUMNS = (
+    *("setting", "exponent", "k", "n", "lam", "ratio", "method", "seed"),
+    *("calibration_error", "heldout_error", "stored_weights"),
+)
 
 
 class Setting(NamedTuple):
@@ -96,6 +100,10 @@ class Config:
     """go on with the run in --out"""
     redraw: Flag = False
     """only draw figures and tables again from the metrics in --out"""
+    repeat: Path | None = None
+    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+
+    memory_flags: ClassVar[str] = "--seeds, --n or --d"
 
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""
@@ -396,7 +404,7 @@ def report(metrics: pd.DataFrame, run_folder: Path) -> None:
 def body(config: Config) -> None:
     """Run, or redraw."""
     if config.redraw:
-        report(read_metrics(config.out), config.out)
+        report(read_metrics(config.out, COLUMNS), config.out)
         return
     config.check()
     with RunFolder(config.out, config, resume=config.resume) as run:

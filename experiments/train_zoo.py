@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,10 @@ class ZooConfig:
     """Steps between saved states."""
     seed: int = 0
     """Of weights and windows."""
+    repeat: Path | None = None
+    """Folder of a finished run to repeat in a new --out, with its settings, and to compare with."""
+
+    memory_flags: ClassVar[str] = "--batch or --seqlen"
 
 
 def documents() -> Iterator[tuple[str, str]]:
@@ -192,9 +196,9 @@ def train(config: ZooConfig, model: llama.Llama, ids: np.ndarray, bos: int, stat
 
     carry, losses = (params, rule.init(params)), list[float]()
     if state.exists():
-        with np.load(state) as saved:
-            losses = saved["losses"].tolist()
-            leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(saved.files) - 1)]
+        saved = runs.read_arrays(state, "delete it to train from the start")
+        losses = saved["losses"].tolist()
+        leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(saved) - 1)]
         carry = jax.tree.unflatten(jax.tree.structure(carry), leaves)
     progress = trange(len(losses), config.steps, initial=len(losses), total=config.steps)
     for step in progress:

@@ -1,21 +1,25 @@
-"""What every script shares: flags from a dataclass, one-line errors, exit statuses.
+"""What every script shares: flags from a dataclass, one-line errors, exit statuses, repetition.
 
-Exit statuses: 0 done, 2 wrong input (one line on standard error), 130 interrupted.
+Exit statuses: 0 done; 1 a repetition differs from its original; 2 wrong input, or the machine does
+not allow it (disk full, no permission, out of memory), one line on standard error;
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import tyro
 
+from jaxprune import runs
 from jaxprune.errors import InputError
 
 Config = TypeVar("Config")
@@ -58,6 +62,60 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def recorded_config(config: Config, prog: str) -> Config:
+    """The configuration of the run that ``config.repeat`` names, with the ``out`` of ``config``.
+
+    Raises:
+      InputError: flags besides ``--repeat`` and ``--out``, or no run of this script there.
+    """
+    given: Any = config
+    where, kept = given.repeat, {"out", "repeat"}
+    for field in dataclasses.fields(given):
+        if field.name not in kept and getattr(given, field.name) != field.default:
+            flag = field.name.replace("_", "-")
+            raise InputError(f"--{flag}: a repetition takes --repeat and --out alone")
+    argv = []
+    for name, value in runs.recorded(where).configuration.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            argv += [flag, *map(str, value)]
+        elif value is True:
+            argv.append(flag)
+        elif value is not None and value is not False:
+            argv.append(f"{flag}={value}")
+    try:
+        again = parse_flags(type(config), [*argv, f"--out={given.out}"], prog)
+    except InputError as error:
+        raise InputError(f"--repeat {where}: not a run of this version's {prog}: {error}") from None
+    return dataclasses.replace(again, repeat=where)  # type: ignore[type-var]
+
+
+def compare(original: Path, out: Path) -> int:
+    """Say how a repetition compares with its original; the exit status."""
+    equal, different = runs.differences(original, out)
+    for line in different:
+        print(f"differs from {original}: {line}")
+    if equal:
+        print(f"identical to {original}: {', '.join(equal)}")
+    if not different:
+        return 0
+    then, now = runs.recorded(original).environment, runs.environment()
+    changed = [
+        f"{key} {then.get(key)} then, {now[key]} now"
+        for key in ("versions", "platform", "backend", "device")
+        if then.get(key) != now[key]
+    ]
+    print("; ".join(changed) or "versions and device are those of the original")
+    return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the device or the host had no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
 def run_script(
     config_type: type[Config],
     body: Callable[[Config], None],
@@ -67,19 +125,44 @@ def run_script(
     """Run a script's body on its parsed flags and return the exit status.
 
     Args:
-      config_type: frozen dataclass of flags.
+      config_type: frozen dataclass of flags. A field ``repeat`` names a run folder to repeat; a
+        class attribute ``memory_flags`` says which flags lower the memory needed.
       body: does the work; raises ``InputError`` for wrong input.
       argv: arguments without the program's name; ``None`` takes those of the process.
       prog: the script's name in messages.
     """
     try:
-        config = parse_flags(config_type, argv, prog)
+        config: Any = parse_flags(config_type, argv, prog)
+        original = getattr(config, "repeat", None)
+        if original is not None:
+            config = recorded_config(config, prog)
         use_compilation_cache()
         body(config)
+        return 0 if original is None else compare(original, config.out)
     except InputError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(prog, str(error))
+    except OSError as error:
+        # The disk, its permissions or limits: what was finished is kept, nothing is half-written.
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(prog, f"{where}{error.strerror or error}{_continues(config_type)}")
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        flags = getattr(config_type, "memory_flags", "")
+        lower = f"; lower {flags}" if flags else ""
+        return _failed(prog, f"out of memory{lower}{_continues(config_type)}")
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command with --resume continues", file=sys.stderr)
+        print(f"{prog}: interrupted{_continues(config_type)}", file=sys.stderr)
         return 130
-    return 0
+
+
+def _failed(prog: str, message: str) -> int:
+    """Print one line and return the exit status."""
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _continues(config_type: type) -> str:
+    """How to go on after a stop, for scripts that can."""
+    resumes = any(field.name == "resume" for field in dataclasses.fields(config_type))
+    return "; the same command with --resume continues" if resumes else ""

@@ -7,6 +7,7 @@ protocol it was made by, because the corpus, the length and the BOS move every n
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 from typing import Any
 
@@ -67,6 +68,11 @@ class Windows:
 
     tokens: Int[np.ndarray, "w n"]
     protocol: dict[str, Any]
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the tokens, to tell whether two runs saw the same text."""
+        content = np.ascontiguousarray(self.tokens, np.int32).tobytes()
+        return {"windows": hashlib.sha256(content).hexdigest()}
 
 
 def calibration_windows(

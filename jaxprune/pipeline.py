@@ -36,7 +36,7 @@ from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
 from jaxprune.models.llama.descent import BlockContext, BlockSettings, block_descent
 from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, block, rms_norm
 from jaxprune.presets import split_sequences
-from jaxprune.runs import RunFolder, write_arrays
+from jaxprune.runs import RunFolder, read_arrays, write_arrays
 from jaxprune.sparsity import Sparsity
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "descent")
@@ -142,8 +142,7 @@ def prune_model(
         report(0)
         work = _Work(run, name, report)
         rows = run.part(name, partial(_prune_block, layer, dense, streams, settings, model, work))
-        with np.load(run.part_file(name), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+        arrays = run.part_arrays(name)
         pruned = dense._replace(
             **{
                 w: jnp.asarray(arrays[w], getattr(dense, w).dtype)
@@ -201,8 +200,8 @@ class _Work:
         if not self._file.exists():
             return start
         leaves, form = jax.tree.flatten(start)
-        with np.load(self._file, allow_pickle=False) as file:
-            return jax.tree.unflatten(form, [jnp.asarray(file[str(i)]) for i in range(len(leaves))])
+        saved = read_arrays(self._file, "delete it to begin this block anew")
+        return jax.tree.unflatten(form, [jnp.asarray(saved[str(i)]) for i in range(len(leaves))])
 
     def save(self, state: DescentState, trace: Trace) -> None:
         """Called after every chunk; writes where that is cheap enough."""

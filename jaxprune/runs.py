@@ -3,22 +3,28 @@
 A run is a list of named *parts*, each of which yields rows of metrics. A finished part is one
 file; an interrupted run loses at most the part that was being computed, and a resumed run
 recomputes nothing else, so it ends with the same rows as an uninterrupted one.
+
+The folder holds what is needed to repeat the run: its configuration, versions, and hashes of the
+files it read. ``differences`` compares a repetition with the original.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import filelock
 import jax
@@ -55,6 +61,25 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      InputError: there is no such file, or no JSON object in it.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{file}: not valid JSON") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: holds {type(content).__name__}, expected a JSON object")
+    return content
+
+
 def environment() -> dict[str, Any]:
     """What a number depends on besides the configuration: versions, device, command."""
     device = jax.devices()[0]
@@ -75,9 +100,9 @@ def environment() -> dict[str, Any]:
 
 
 def configuration(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as plain JSON values, without ``out`` and ``resume``."""
+    """A configuration dataclass as plain JSON values, without where and whether it goes on."""
     fields = dataclasses.asdict(config)
-    for where in ("out", "resume"):
+    for where in ("out", "resume", "repeat"):
         fields.pop(where, None)
     return cast(dict[str, Any], json.loads(json.dumps(fields, default=str)))
 
@@ -86,6 +111,39 @@ def write_arrays(path: Path, **arrays: Any) -> None:
     """Write arrays as a compressed ``.npz``, whole or not at all."""
     with replacing(path) as partial:
         np.savez_compressed(partial, **arrays)
+
+
+def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz``.
+
+    Raises:
+      InputError: it cannot be read; the message ends with the remedy.
+    """
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return {name: np.asarray(file[name]) for name in file.files}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; {remedy}") from None
+    except (
+        ValueError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        NotImplementedError,
+    ) as error:
+        raise InputError(f"{path}: not an .npz of plain arrays ({error}); {remedy}") from None
+    except (zipfile.BadZipFile, zlib.error, SyntaxError) as error:
+        raise InputError(f"{path}: not a whole .npz ({error}); {remedy}") from None
+
+
+def hashes(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files by their names."""
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def check_writable(out: Path, flag: str = "--out") -> None:
@@ -110,14 +168,30 @@ class RunFolder:
             run.write_metrics(rows)
 
     Raises:
-      InputError: the folder cannot be written, holds another run (other settings, or the same
-        ones without ``resume``), or is in use by another process.
+      InputError: the folder cannot be written, holds another run (other settings or inputs, or the
+        same ones without ``resume``), or is in use by another process; or ``config.repeat`` names a
+        run that had other inputs.
+
+    Args:
+      out: the folder.
+      config: dataclass of settings.
+      resume: go on with the run that is there.
+      inputs: flag to ``hashes`` of what it names; kept with the run.
     """
 
-    def __init__(self, out: Path, config: Any, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        config: Any,
+        *,
+        resume: bool = False,
+        inputs: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
         self.path = Path(out)
+        self.inputs = {flag: dict(files) for flag, files in (inputs or {}).items()}
         self._config = configuration(config)
         self._resume = resume
+        self._repeats: Path | None = getattr(config, "repeat", None)
 
     def __enter__(self) -> RunFolder:
         check_writable(self.path)
@@ -137,9 +211,11 @@ class RunFolder:
         self._lock.release()
 
     def _claim(self) -> None:
-        settings = self.path / "config.json"
+        settings, inputs = self.path / "config.json", self.path / "inputs.json"
+        if self._repeats is not None:
+            _check_inputs(recorded(self._repeats).inputs, self.inputs, f"--repeat {self._repeats}")
         if settings.exists():
-            there = json.loads(settings.read_text())
+            there = read_json(settings)
             if not self._resume:
                 raise InputError(
                     f"--out {self.path} holds a run already; --resume continues it, "
@@ -156,8 +232,11 @@ class RunFolder:
                     f"--out {self.path} holds a run with --{key.replace('_', '-')} "
                     f"{there.get(key)}, not {self._config.get(key)}; choose another --out"
                 )
+            if inputs.exists():
+                _check_inputs(read_json(inputs), self.inputs, f"--out {self.path}")
         self._parts.mkdir(exist_ok=True)
         write_json(self.path / "environment.json", environment())
+        write_json(inputs, self.inputs)
         write_json(settings, self._config)
 
     @property
@@ -180,7 +259,20 @@ class RunFolder:
         file = self._parts / f"{name}.json"
         if not file.exists():
             write_json(file, list(compute()))
-        return cast(list[dict], json.loads(file.read_text()))
+        try:
+            rows = json.loads(file.read_text())
+        except ValueError:
+            rows = None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{file}: damaged; delete it, and --resume computes it anew")
+        return cast(list[dict], rows)
+
+    def part_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """What a finished part keeps in ``part_file``."""
+        rows = self._parts / f"{name}.json"
+        return read_arrays(
+            self.part_file(name), f"delete {rows} too, and --resume computes both anew"
+        )
 
     def remove(self) -> None:
         """Delete the folder, where it only held what a finished run no longer needs."""
@@ -197,13 +289,124 @@ class RunFolder:
         return read_metrics(self.path)
 
 
-def read_metrics(folder: Path) -> pd.DataFrame:
+def read_metrics(folder: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
     """The metrics of a run folder.
 
+    Args:
+      folder: of the run.
+      columns: that must be there.
+
     Raises:
-      InputError: there are none.
+      InputError: there are none, or the file is damaged or another script's.
     """
     file = Path(folder) / "metrics.csv"
     if not file.is_file():
         raise InputError(f"{file}: no such file; run the experiment first")
-    return pd.read_csv(file)
+    try:
+        metrics = pd.read_csv(file)
+    except ValueError as error:  # what pandas raises for no table, and for no text
+        raise InputError(f"{file}: not a table ({error})") from None
+    missing = [name for name in columns if name not in metrics]
+    if missing or metrics.empty:
+        what = f"no column {missing[0]}" if missing else "no rows"
+        raise InputError(f"{file}: {what}; not the metrics of this script, or damaged")
+    return metrics
+
+
+class Recorded(NamedTuple):
+    """What a finished run says of itself."""
+
+    configuration: dict[str, Any]
+    inputs: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def recorded(folder: Path) -> Recorded:
+    """Configuration, input hashes and environment of the run in a folder.
+
+    A pruned checkpoint has them in ``pruning.json``, a run folder in files of their own.
+
+    Raises:
+      InputError: they are not there.
+    """
+    report = Path(folder) / "pruning.json"
+    if report.is_file():
+        content = read_json(report)
+        parts = [content.get(name) for name in Recorded._fields]
+    else:
+        names = ("config.json", "inputs.json", "environment.json")
+        parts = [read_json(Path(folder) / name) for name in names]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{report}: lacks the configuration, inputs or environment of the run")
+    return Recorded(*cast(list[dict], parts))
+
+
+def _check_inputs(there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:
+    """Raise ``InputError`` naming the first input that is not the one it was."""
+    for flag in sorted(there.keys() | here.keys()):
+        if there.get(flag) != here.get(flag):
+            raise InputError(
+                f"{where}: that run was begun with other files for --{flag} than those that are "
+                "there now"
+            )
+
+
+def differences(original: Path, repetition: Path) -> tuple[list[str], list[str]]:
+    """Compare the results of two runs: metrics, arrays and weights.
+
+    Returns:
+      Names of files that are equal (metrics and arrays by value), and a line for each that is not.
+    """
+    original, repetition = Path(original), Path(repetition)
+    equal, different = [], []
+    for pattern in ("metrics.csv", "*.npz", "*.safetensors", "*/*.safetensors"):
+        names = {
+            path.relative_to(folder)
+            for folder in (original, repetition)
+            for path in folder.glob(pattern)
+            if not path.name.startswith(".")
+        }
+        for name in sorted(names):
+            found = _difference(original / name, repetition / name)
+            if found is None:
+                equal.append(str(name))
+            else:
+                different.append(f"{name}: {found}")
+    return equal, different
+
+
+def _difference(old: Path, new: Path) -> str | None:
+    """How two result files differ, ``None`` where they do not."""
+    for file in (old, new):
+        if not file.is_file():
+            return f"missing in {file.parent}"
+    if hashes([old]) == hashes([new]):
+        return None
+    if old.suffix == ".npz":
+        arrays, others = (read_arrays(file, "make the run anew") for file in (old, new))
+        same = arrays.keys() == others.keys() and all(
+            np.array_equal(arrays[name], others[name]) for name in arrays
+        )
+        return None if same else "other arrays"
+    if old.suffix != ".csv":
+        return "other bytes"
+    tables = [read_metrics(file.parent) for file in (old, new)]
+    if list(tables[0]) != list(tables[1]) or len(tables[0]) != len(tables[1]):
+        return f"{tables[0].shape} rows and columns, then {tables[1].shape}, or other columns"
+    return _column_differences(*tables)
+
+
+def _column_differences(old: pd.DataFrame, new: pd.DataFrame) -> str | None:
+    """Columns of two tables of one form that differ, numbers with their relative difference."""
+    found = []
+    for name in old:
+        if old[name].equals(new[name]):
+            continue
+        if not all(pd.api.types.is_numeric_dtype(table[name]) for table in (old, new)):
+            found.append(str(name))
+            continue
+        a, b = (table[name].to_numpy(float) for table in (old, new))
+        scale = np.maximum(np.abs(a), np.abs(b))
+        relative = np.abs(a - b) / np.where(scale > 0, scale, 1)
+        found.append(f"{name} by up to {np.nanmax(relative, initial=0):.1e} of itself")
+    return ", ".join(found) or None

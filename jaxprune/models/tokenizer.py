@@ -10,7 +10,7 @@ import tokenizers
 from jaxtyping import Int
 
 from jaxprune.errors import InputError
-from jaxprune.models.llama.files import read_json
+from jaxprune.runs import read_json
 
 
 class Tokenizer:

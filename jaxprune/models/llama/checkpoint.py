@@ -31,7 +31,6 @@ from jaxprune.models.llama.files import (
     changing,
     copy_carried,
     new_folder,
-    read_json,
 )
 from jaxprune.models.llama.modeling import BlockWeights, Llama
 
@@ -248,7 +247,7 @@ def _match(folder: Path) -> tuple[LlamaConfig, TensorFiles, dict[str, Place]]:
     Raises:
       InputError: naming all tensors that are missing, unexpected, misshapen or of another type.
     """
-    content = read_json(folder / "config.json")
+    content = runs.read_json(folder / "config.json")
     try:
         config = LlamaConfig.from_json(content)
     except InputError as error:

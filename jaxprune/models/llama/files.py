@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxprune import hub
 from jaxprune.errors import InputError
+from jaxprune.runs import hashes, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -63,25 +64,6 @@ def locate(model: str | Path) -> Path:
     if isinstance(model, str) and hub.is_repository(model):
         return hub.fetch_model(model, [*_CARRIED, "*.safetensors"])
     raise InputError(f"{model}: no such folder; give zoo, a folder, or owner/name on the hub")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      InputError: there is no such file, or no JSON object in it.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{file}: not valid JSON") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: holds {type(content).__name__}, expected a JSON object")
-    return content
 
 
 class StoredTensor(NamedTuple):
@@ -199,6 +181,12 @@ def changing(file: Path) -> Iterator[Any]:
             stream.write(content)
 
         yield replace
+
+
+def checkpoint_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of what a checkpoint's numbers come from: settings, weights, tokenizer, by name."""
+    patterns = ("config.json", INDEX_FILE, "*.safetensors", "tokenizer*.json")
+    return hashes(sorted({f for p in patterns for f in folder.glob(p) if f.is_file()}))
 
 
 def copy_carried(source: Path, target: Path) -> None:
