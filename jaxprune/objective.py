@@ -8,6 +8,7 @@ function and nothing else. ``mask_loss`` is the loss of Def. 1.2 and 3.2 on top 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +46,7 @@ def softmax_error(
     causal: bool = True,
     block_size: int | None = None,
     row_weights: Float[Array, "... n"] | None = None,
+    values: Float[Array, "... n v"] | None = None,
 ) -> Float[Array, "..."]:
     """Half the squared distance of two attention matrices, ``½ Σ_i r_i ‖F̃_i − F_i‖²``.
 
@@ -52,7 +54,8 @@ def softmax_error(
     Differentiable in all array arguments, once by reverse mode and then by any mode. With
     ``C = F̃ − F`` and ``P_i = r_i F̃_i ∘ (C_i − ⟨F̃_i, C_i⟩)``, the gradients are ``P k`` and
     ``Pᵀ q``; for the reference, ``−R k0`` and ``−Rᵀ q0`` where ``R`` is ``P`` with ``F`` for ``F̃``.
-    Only those asked for are computed.
+    Only those asked for are computed. With ``values`` ``V``, what the matrices do to them counts
+    too: ``½ Σ_i r_i (‖C_i‖² + ‖C_i V‖²)``, and ``P`` has ``C + C V Vᵀ`` for ``C``.
 
     Works in row blocks: no ``n × n`` array outlives a block, and causal blocks skip most of what
     lies above the diagonal. Heads and sequences on leading axes are mapped over a few at a time,
@@ -67,6 +70,8 @@ def softmax_error(
       causal: row ``i`` sees keys ``j ≤ i`` (Def. 3.1); else all (Def. 1.1).
       block_size: rows of a block; chosen from the shape when ``None``.
       row_weights: ``r``, one for every query; ones when ``None``. Zero leaves a row out.
+      values: what attention averages, at the scale it is to count with. Constants: no gradient
+        flows to them. As rows of ``C`` sum to zero, a vector added to all of them has no effect.
 
     Returns:
       One value for every leading index; float32, or float64 for float64 inputs.
@@ -76,14 +81,18 @@ def softmax_error(
 
     Source: the error term of Liang et al. 2025, Def. 1.2 and 3.2, written on queries and keys.
     """
-    _check_kernel(q, k, q0, k0, row_weights)
+    _check_kernel(q, k, q0, k0, row_weights, values)
     n = q.shape[-2]
     if row_weights is None:
         row_weights = jnp.ones(n, accumulation_dtype(q, k, q0, k0))
-    operands = [(q, 2), (k, 2), (q0, 2), (k0, 2), (row_weights, 1)]
+    if values is None:
+        values = jnp.zeros((n, 0), q.dtype)
+    operands = [(q, 2), (k, 2), (q0, 2), (k0, 2), (row_weights, 1), (values, 2)]
     lead = jnp.broadcast_shapes(*(a.shape[:-trailing] for a, trailing in operands))
     flat = [
-        jnp.broadcast_to(a, (*lead, *a.shape[-trailing:])).reshape(-1, *a.shape[-trailing:])
+        jnp.broadcast_to(a, (*lead, *a.shape[-trailing:])).reshape(
+            math.prod(lead), *a.shape[-trailing:]
+        )
         for a, trailing in operands
     ]
     if block_size is None:
@@ -91,7 +100,9 @@ def softmax_error(
     return _softmax_error(causal, min(block_size, n), *flat).reshape(lead)
 
 
-def _check_kernel(q: Array, k: Array, q0: Array, k0: Array, row_weights: Array | None) -> None:
+def _check_kernel(
+    q: Array, k: Array, q0: Array, k0: Array, row_weights: Array | None, values: Array | None
+) -> None:
     shapes = ", ".join(
         f"{name} {a.shape}" for name, a in (("q", q), ("k", k), ("q0", q0), ("k0", k0))
     )
@@ -108,6 +119,8 @@ def _check_kernel(q: Array, k: Array, q0: Array, k0: Array, row_weights: Array |
         )
     if row_weights is not None and row_weights.shape[-1:] != q.shape[-2:-1]:
         raise InputError(f"row_weights {row_weights.shape} and q {q.shape} do not match")
+    if values is not None and (values.ndim < 2 or values.shape[-2] != q.shape[-2]):
+        raise InputError(f"values {values.shape} and q {q.shape} do not match")
 
 
 class _Gradients(NamedTuple):
@@ -118,14 +131,23 @@ class _Gradients(NamedTuple):
     q0: Any
     k0: Any
     row_weights: Array
+    values: None = None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _softmax_error(
-    causal: bool, block_size: int, q: Array, k: Array, q0: Array, k0: Array, weights: Array
+    causal: bool,
+    block_size: int,
+    q: Array,
+    k: Array,
+    q0: Array,
+    k0: Array,
+    weights: Array,
+    values: Array,
 ) -> Array:
     """``softmax_error`` on one flat leading axis."""
-    return _values_and_gradients(causal, block_size, (q, k, q0, k0, weights), (False,) * 4)[0]
+    operands = (q, k, q0, k0, weights, values)
+    return _values_and_gradients(causal, block_size, operands, (False,) * 4)[0]
 
 
 def _forward(
@@ -174,6 +196,7 @@ def _one_head(
     q0: Array,
     k0: Array,
     weights: Array,
+    values: Array,
 ) -> tuple[Array, _Gradients]:
     """Value and wanted gradients for one head, group of rows by group of rows."""
     n = q.shape[0]
@@ -187,7 +210,8 @@ def _one_head(
             a[start:stop].reshape(blocks, rows, *a.shape[1:])
             for a in (jnp.arange(n), q, q0, weights)
         )
-        group = _row_group(partial(_block, causal, wanted, k[:keys], k0[:keys]), each)
+        block = partial(_block, causal, wanted, k[:keys], k0[:keys], values[:keys])
+        group = _row_group(block, each)
         dk = dk.at[:keys].add(group.k)
         dk0 = dk0.at[:keys].add(group.k0)
         groups.append(group)
@@ -240,6 +264,7 @@ def _block(
     wanted: tuple[bool, ...],
     k: Array,
     k0: Array,
+    values: Array,
     rows: Array,
     q: Array,
     q0: Array,
@@ -254,6 +279,10 @@ def _block(
     target = attention_rows(q0, k0, bias)
     difference = approximation - target
     half_errors = 0.5 * jnp.sum(difference**2, axis=-1)
+    if values.shape[-1]:
+        output = contract("nm,mv->nv", difference.astype(values.dtype), values)
+        half_errors += 0.5 * jnp.sum(output**2, axis=-1)
+        difference += contract("nv,mv->nm", output.astype(values.dtype), values)
     if want_q or want_k:
         p = weights[:, None] * _through_softmax(approximation, difference)
         dq = contract("nm,me->ne", p.astype(k.dtype), k) if want_q else nothing

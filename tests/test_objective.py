@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 import reference
 
 from jaxprune import closed_form_gradient, mask_loss, softmax_error
+from jaxprune.errors import InputError
 
 
 def problem(key, n=17, d=6, b=None, dtype=jnp.float64, scale=0.5):
@@ -24,6 +27,39 @@ def plain_error(q, k, q0, k0, causal):
     bias = jnp.where(jnp.tril(jnp.ones((n, n))) > 0, 0.0, -jnp.inf) if causal else 0.0
     c = jax.nn.softmax(q @ k.mT + bias) - jax.nn.softmax(q0 @ k0.mT + bias)
     return 0.5 * jnp.sum(c**2, axis=-1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_values_count_what_attention_does_to_them(key, x64, causal, block_size):
+    arrays = queries_and_keys(key)
+    values = jax.random.normal(jax.random.fold_in(key, 9), (19, 5), jnp.float64)
+    weights = jax.random.uniform(jax.random.fold_in(key, 8), (3, 19), jnp.float64)
+
+    def kernel(*arrays):
+        return softmax_error(
+            *arrays, causal=causal, block_size=block_size, row_weights=weights, values=values
+        ).sum()
+
+    def plain(q, k, q0, k0):
+        n = q.shape[-2]
+        bias = jnp.where(jnp.tril(jnp.ones((n, n))) > 0, 0.0, -jnp.inf) if causal else 0.0
+        c = jax.nn.softmax(q @ k.mT + bias) - jax.nn.softmax(q0 @ k0.mT + bias)
+        return 0.5 * jnp.sum(weights * (jnp.sum(c**2, -1) + jnp.sum((c @ values) ** 2, -1)))
+
+    found = jax.value_and_grad(kernel, argnums=(0, 1, 2, 3))(*arrays)
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2, 3))(*arrays)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), found, expected)
+
+
+def test_values_matter_up_to_a_constant_and_must_fit(key, x64, unchecked):
+    arrays = queries_and_keys(key)
+    values = jax.random.normal(jax.random.fold_in(key, 9), (3, 19, 5), jnp.float64)
+    np.testing.assert_allclose(
+        softmax_error(*arrays, values=values), softmax_error(*arrays, values=values + 7), rtol=1e-9
+    )
+    with pytest.raises(InputError, match=r"values \(3, 18, 5\)"):
+        softmax_error(*arrays, values=values[:, 1:])
 
 
 @pytest.mark.parametrize("causal", [True, False])
