@@ -20,7 +20,6 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
 from jaxprune.attention import (
-    BLOCK_ENTRIES,
     accumulation_dtype,
     attention_matrix,
     attention_rows,
@@ -31,10 +30,18 @@ from jaxprune.attention import (
 )
 from jaxprune.errors import InputError
 
-# Causal rows are cut into this many groups; the rows of a group see keys up to its last row, so
-# about (1 + 1/6) / 2 of the square is computed. More groups compile longer, hold more copies of
-# the keys and save little.
+# Causal rows are cut into at most this many groups; the rows of a group see keys up to its last
+# row, so about (1 + 1/6) / 2 of the square is computed. More groups compile longer, hold more
+# copies of the keys and save little.
 _CAUSAL_GROUPS = 6
+# Entries of a block of logits: on a CPU what the caches hold (measured: half or twice as many cost
+# 5 to 20 % more), elsewhere enough to keep a large device busy through one kernel.
+_BLOCK_ENTRIES = {"cpu": 2**19}
+_BLOCK_ENTRIES_ELSEWHERE = 2**25
+# Causal blocks are not taller than this part of the rows, unless they have few rows as it is:
+# what lies above the diagonal inside a block is computed.
+_CAUSAL_PART = 4
+_FEW_ROWS = 64
 
 
 def softmax_error(
@@ -96,8 +103,17 @@ def softmax_error(
         for a, trailing in operands
     ]
     if block_size is None:
-        block_size = max(16, BLOCK_ENTRIES // n)
+        block_size = _rows_of_a_block(n, causal)
     return _softmax_error(causal, min(block_size, n), *flat).reshape(lead)
+
+
+def _block_entries() -> int:
+    return _BLOCK_ENTRIES.get(jax.default_backend(), _BLOCK_ENTRIES_ELSEWHERE)
+
+
+def _rows_of_a_block(n: int, causal: bool) -> int:
+    rows = max(16, _block_entries() // n)
+    return min(rows, max(_FEW_ROWS, n // _CAUSAL_PART)) if causal else rows
 
 
 def _check_kernel(
@@ -180,10 +196,14 @@ def _values_and_gradients(
 ) -> tuple[Array, _Gradients]:
     """Map ``_one_head`` over the leading axis, as many heads at once as a block's budget holds."""
     n = operands[0].shape[1]
-    together = max(1, BLOCK_ENTRIES // (block_size * n))
+    together = max(1, _block_entries() // (block_size * n))
     one = partial(_one_head, causal, block_size, wanted)
     if operands[0].shape[0] <= together:
         return jax.vmap(one)(*operands)
+    if together == 1:
+        # A batch of one would leave an axis of size one in front, along which XLA on CPU splits
+        # element-wise work among threads: 30 % slower.
+        return lax.map(lambda each: one(*each), operands)
     return lax.map(lambda each: one(*each), operands, batch_size=together)
 
 
@@ -201,8 +221,9 @@ def _one_head(
     """Value and wanted gradients for one head, group of rows by group of rows."""
     n = q.shape[0]
     groups = []
-    # What belongs to keys is added up as we go: one array, not one for each group.
-    dk, dk0 = (jnp.zeros(a.shape, weights.dtype) for a in (k, k0))
+    # What belongs to keys is added up as we go: one array, not one for each group. It is held as
+    # [e, m]: XLA on CPU multiplies qᵀ p three times as fast as pᵀ q.
+    dk, dk0 = (jnp.zeros(a.shape[::-1], weights.dtype) for a in (k, k0))
     for start, blocks, rows in _row_groups(n, block_size, causal):
         stop = start + blocks * rows
         keys = stop if causal else n
@@ -212,17 +233,17 @@ def _one_head(
         )
         block = partial(_block, causal, wanted, k[:keys], k0[:keys], values[:keys])
         group = _row_group(block, each)
-        dk = dk.at[:keys].add(group.k)
-        dk0 = dk0.at[:keys].add(group.k0)
+        dk = dk.at[:, :keys].add(group.k)
+        dk0 = dk0.at[:, :keys].add(group.k0)
         groups.append(group)
 
     half_errors = jnp.concatenate([group.row_weights for group in groups])
     want_q, want_k, want_q0, want_k0 = wanted
     gradients = _Gradients(
         q=jnp.concatenate([group.q for group in groups]).astype(q.dtype) if want_q else None,
-        k=dk.astype(k.dtype) if want_k else None,
+        k=dk.T.astype(k.dtype) if want_k else None,
         q0=jnp.concatenate([group.q0 for group in groups]).astype(q0.dtype) if want_q0 else None,
-        k0=dk0.astype(k0.dtype) if want_k0 else None,
+        k0=dk0.T.astype(k0.dtype) if want_k0 else None,
         row_weights=half_errors,
     )
     return jnp.sum(weights * half_errors), gradients
@@ -270,7 +291,10 @@ def _block(
     q0: Array,
     weights: Array,
 ) -> _Gradients:
-    """Half errors of a block of rows and its share of every wanted gradient (0 if unwanted)."""
+    """Half errors of a block of rows and its share of every wanted gradient (0 if unwanted).
+
+    Gradients in keys are transposed, ``[e, m]``.
+    """
     want_q, want_k, want_q0, want_k0 = wanted
     nothing = jnp.zeros((), weights.dtype)
     dq = dk = dq0 = dk0 = nothing
@@ -286,11 +310,11 @@ def _block(
     if want_q or want_k:
         p = weights[:, None] * _through_softmax(approximation, difference)
         dq = contract("nm,me->ne", p.astype(k.dtype), k) if want_q else nothing
-        dk = contract("nm,ne->me", p.astype(q.dtype), q) if want_k else nothing
+        dk = contract("ne,nm->em", q, p.astype(q.dtype)) if want_k else nothing
     if want_q0 or want_k0:
         r = -weights[:, None] * _through_softmax(target, difference)
         dq0 = contract("nm,me->ne", r.astype(k0.dtype), k0) if want_q0 else nothing
-        dk0 = contract("nm,ne->me", r.astype(q0.dtype), q0) if want_k0 else nothing
+        dk0 = contract("ne,nm->em", q0, r.astype(q0.dtype)) if want_k0 else nothing
     return _Gradients(dq, dk, dq0, dk0, half_errors)
 
 
