@@ -156,6 +156,8 @@ def summary_figure(metrics: pd.DataFrame, title: str) -> plt.Figure:
 def body(config: Config) -> None:
     """Check everything, prune block by block, write the checkpoint whole."""
     settings = config.settings()
+    if config.heldout is not None and config.heldout < 1:
+        raise InputError(f"--heldout {config.heldout}: expected 1 or more")
     if finished_before(config):
         shutil.rmtree(work_folder(config.out), ignore_errors=True)
         print(f"{config.out}: finished already")

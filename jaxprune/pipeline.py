@@ -33,7 +33,7 @@ from jaxprune.factored import (
     query_key_descent,
 )
 from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
-from jaxprune.models.llama.descent import BlockContext, BlockSettings, block_descent
+from jaxprune.models.llama.descent import BlockSettings, block_context, block_descent
 from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, block, rms_norm
 from jaxprune.presets import split_sequences
 from jaxprune.runs import RunFolder, read_arrays, write_arrays
@@ -265,6 +265,10 @@ def _head_rows(
             x, (pruned.wq, pruned.wk), x, (dense.wq, dense.wk), rope, settings
         )
         columns.append(np.asarray(error / energy))
+        if not np.isfinite(columns[-1]).all():
+            raise InputError(
+                f"block {layer}: its attention is not finite; check weights and activations"
+            )
     return [
         {
             "layer": layer,
@@ -275,6 +279,11 @@ def _head_rows(
         }
         for head in range(config.num_attention_heads)
     ]
+
+
+def _heads(w: Array, config: LlamaConfig) -> Array:
+    """A projection ``[d, heads·k]`` as ``[d, heads, k]``."""
+    return w.reshape(w.shape[0], -1, config.head_dim)
 
 
 def _query_key_settings(config: LlamaConfig, sparsity: Sparsity) -> QueryKeySettings:
@@ -318,11 +327,15 @@ def _descend(
         weights = {name: getattr(dense, name) for name in TARGETS["all"]}
         target = next_hidden(dense, streams.dense, streams.config, batch=settings.batch)
         data = {"hidden": streams.pruned, "target": target}
-        context = BlockContext(dense, _input_norms(dense, streams, TARGETS["all"], settings.batch))
         make = block_descent
     fit, validation = split_sequences(data)
     if isinstance(chosen, QueryKeySettings):
-        context = query_key_context(weights, fit, rope, chosen)
+        wv = _heads(dense.wv, streams.config)
+        wo = _heads(dense.wo.T, streams.config).transpose(1, 2, 0)
+        context = query_key_context(weights, fit, rope, chosen, wv, wo)
+    else:
+        norms = _input_norms(dense, streams, TARGETS["all"], settings.batch)
+        context = block_context(weights, fit, dense, norms, chosen)
     start = _start(make, chosen, weights, fit, validation, context)
 
     def chunk(

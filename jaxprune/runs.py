@@ -167,6 +167,9 @@ class RunFolder:
             rows = run.part("k16", lambda: compute(...))   # computed once, then read back
             run.write_metrics(rows)
 
+    Where wrong input only shows while a new run is under way (``InputError`` in the block), the
+    folder is taken away again: nothing in it could be continued.
+
     Raises:
       InputError: the folder cannot be written, holds another run (other settings or inputs, or the
         same ones without ``resume``), or is in use by another process; or ``config.repeat`` names a
@@ -194,6 +197,7 @@ class RunFolder:
         self._repeats: Path | None = getattr(config, "repeat", None)
 
     def __enter__(self) -> RunFolder:
+        self._fresh = not (self.path.is_dir() and any(self.path.iterdir()))
         check_writable(self.path)
         self._lock = filelock.FileLock(self.path / ".lock")
         try:
@@ -202,12 +206,14 @@ class RunFolder:
             raise InputError(f"--out {self.path}: another run is writing there") from None
         try:
             self._claim()
-        except BaseException:
-            self._lock.release()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._fresh and kind is not None and issubclass(kind, InputError):
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
     def _claim(self) -> None:

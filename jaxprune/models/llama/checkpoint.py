@@ -103,7 +103,7 @@ def load(folder: Path, dtype: DTypeLike = jnp.float32) -> Llama:
 
     Raises:
       InputError: a file is missing or broken, the settings are not supported, or tensors are
-        missing, unexpected or misshapen; all of them are named.
+        missing, unexpected or misshapen (all of them are named), or hold NaN or infinity.
     """
     config, files, places = _match(folder)
     model = abstract_model(config, dtype)
@@ -114,6 +114,8 @@ def load(folder: Path, dtype: DTypeLike = jnp.float32) -> Llama:
     }
     for name, (path, layer, transposed) in places.items():
         tensor = files.read(name)
+        if not _finite(tensor):
+            raise InputError(f"{files.tensors[name].file}: {name} holds NaN or infinity")
         if layer is None:
             arrays[path] = _converted(tensor, dtype, transposed)
         else:
@@ -212,6 +214,11 @@ def _placed(stack: Array, tensor: Array, layer: Array, transposed: bool) -> Arra
 @partial(jax.jit, static_argnums=(1, 2))
 def _converted(tensor: Array, dtype: DTypeLike, transposed: bool) -> Array:
     return (tensor.T if transposed else tensor).astype(dtype)
+
+
+@jax.jit
+def _finite(tensor: Array) -> Array:
+    return jnp.isfinite(tensor).all()
 
 
 def _tensor(model: Llama, place: Place) -> np.ndarray:
