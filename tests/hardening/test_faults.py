@@ -1,0 +1,325 @@
+"""Faults injected into runs: signals, full disks, no memory, two runs at once; and repetitions."""
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from jaxprune import cli, runs
+from jaxprune.errors import InputError
+
+REPOSITORY = Path(__file__).parents[2]
+RESUMES = "the same command with --resume continues"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of a run that does nothing."""
+
+    out: Path = Path("out")
+    resume: cli.Flag = False
+
+
+@pytest.fixture
+def layer(tmp_path):
+    """A layer for llama_heads.py."""
+    draw = np.random.default_rng(0)
+    shapes = {"x": (4, 8, 6), "x_heldout": (2, 8, 6), "wq": (6, 2, 3), "wk": (6, 1, 3)}
+    arrays = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    np.savez(tmp_path / "layer.npz", **arrays)
+    return tmp_path / "layer.npz"
+
+
+@pytest.fixture(scope="module")
+def heads(script):
+    return script("llama_heads").main
+
+
+def heads_flags(layer, out, *more):
+    methods = ("--methods", "wanda", "fused_magnitude", "--ratios", "0.5")
+    return [str(a) for a in ("--input", layer, "--out", out, *methods, *more)]
+
+
+def results(folder):
+    """What a run came to, apart from when and where."""
+    tables = [pd.read_csv(file) for file in sorted(folder.rglob("metrics.csv"))]
+    weights = {f.name: f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))}
+    assert tables
+    return [table.to_csv() for table in tables], weights
+
+
+SCRIPTS = {
+    "synthetic": [
+        *("--k", "2", "--d", "4", "--n", "6", "8", "--settings", "soft", "correlated"),
+        *("--seeds", "1", "--steps", "20", "--ratio", "0.5"),
+    ],
+    "convergence": [
+        *("--lam", "0.1", "0.2", "--n", "8", "--d", "4", "--k", "2", "--seeds", "2"),
+        *("--steps", "60", "--model", "none"),
+    ],
+    "llama_heads": ["--head-batch", "1", "--steps", "20"],
+    "train_zoo": [
+        *("--steps", "12", "--layers", "1", "--batch", "2", "--seqlen", "16", "--save-every", "2"),
+    ],
+}
+
+
+def start(name, out, *more):
+    command = [sys.executable, str(REPOSITORY / "experiments" / f"{name}.py"), "--out", str(out)]
+    return subprocess.Popen(
+        [*command, *SCRIPTS[name], *map(str, more)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=out.parent,
+    )
+
+
+def begun(process, out):
+    """Wait until a run has claimed its folder; its imports are no part of it."""
+    deadline = time.monotonic() + 120
+    while not (out / "config.json").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_at_random_then_resumed_gives_the_same(name, tmp_path, layer):
+    more = ("--input", layer) if name == "llama_heads" else ()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = time.monotonic()
+    assert start(name, whole, *more).wait() == 0
+    length = time.monotonic() - started
+    draw = random.Random(name)
+    for _ in range(2):
+        process = start(name, killed, *more, "--resume")
+        begun(process, killed)
+        time.sleep(draw.uniform(0, 0.4 * length))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(name, killed, *more, "--resume").wait() == 0
+    assert results(whole) == results(killed)
+
+
+@pytest.mark.slow
+def test_an_interrupt_is_a_clean_stop_that_says_how_to_go_on(tmp_path):
+    out = tmp_path / "run"
+    process = start("synthetic", out)
+    begun(process, out)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    errors = process.stderr.read()
+    assert errors.endswith(f"synthetic.py: interrupted; {RESUMES}\n")
+    assert "Traceback" not in errors
+
+
+def test_a_second_run_into_the_same_folder_is_refused(heads, layer, tmp_path, capsys):
+    with runs.RunFolder(tmp_path / "out", Settings(), resume=False):
+        assert heads(heads_flags(layer, tmp_path / "out", "--resume")) == 2
+    assert "another run is writing there" in capsys.readouterr().err
+
+
+def test_changed_inputs_are_not_mixed_into_a_run(heads, layer, tmp_path, capsys):
+    flags = heads_flags(layer, tmp_path / "out", "--resume")
+    assert heads(flags) == 0
+    before = results(tmp_path / "out")
+    with np.load(layer) as file:
+        arrays = dict(file)
+    np.savez(layer, **(arrays | {"wq": 2 * arrays["wq"]}))
+    assert heads(flags) == 2
+    assert "other files for --input" in capsys.readouterr().err
+    assert results(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+def test_a_disk_that_fails_is_one_line_and_the_run_continues(
+    heads, layer, tmp_path, capsys, monkeypatch, code, after
+):
+    """The n-th file written does not fit; what was finished before it is kept."""
+    left, replace = [after], Path.replace
+
+    def full(path, target):
+        if not left[0]:
+            raise OSError(code, os.strerror(code), str(path))
+        left[0] -= 1
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    flags = heads_flags(layer, tmp_path / "out", "--resume")
+    assert heads(flags) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1
+    assert os.strerror(code) in error[0]
+    assert RESUMES in error[0]
+    assert not list((tmp_path / "out").rglob("*.partial*"))
+    assert not (tmp_path / "out" / "metrics.csv").exists()
+    monkeypatch.undo()
+    assert heads(flags) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 KB; only root may make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    heads, script, layer, small_disk, checkpoint, capsys
+):
+    model = checkpoint("untied_gqa")
+    (model / "text.txt").write_text("the cat sat on the mat. " * 40)
+    (small_disk / "filling").write_bytes(b"0" * 280_000)
+    prune = [*("--model", model, "--calibration", model / "text.txt", "--windows", "2")]
+    prune += ["--seqlen", "16", "--heldout", "1", "--method", "magnitude"]
+    prune += ["--out", small_disk / "pruned"]
+    for main, flags in (
+        (heads, heads_flags(layer, small_disk / "out")),
+        (script("prune").main, [str(a) for a in prune]),
+    ):
+        assert main(flags) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+        assert len(errors) == 1
+        assert "No space left on device" in errors[0]
+    assert not (small_disk / "pruned").exists()
+    assert not list(small_disk.rglob("*.partial*"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+    ],
+)
+@pytest.mark.parametrize("name", [*SCRIPTS, "prune", "perplexity"])
+def test_no_memory_is_one_line_that_names_the_flag(script, name, error, capsys):
+    config = next(v for v in vars(script(name)).values() if hasattr(v, "memory_flags"))
+
+    def body(config):
+        raise error
+
+    argv = ["--out", "somewhere"] if name == "prune" else []
+    assert cli.run_script(config, body, argv, f"{name}.py") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"{name}.py: error: out of memory; lower --")
+    assert shown.count("\n") == 1
+    for flag in (word for word in shown.replace(",", " ").split() if word.startswith("--")):
+        assert flag[2:].rstrip(";").replace("-", "_") in config.__dataclass_fields__
+
+
+def test_other_errors_of_the_device_are_defects():
+    def body(config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a defect")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a defect"):
+        cli.run_script(Settings, body, [], "tool.py")
+
+
+class TestRepeat:
+    def test_the_same_settings_give_the_same_results(self, heads, layer, tmp_path, capsys):
+        assert heads(heads_flags(layer, tmp_path / "out")) == 0
+        again = ["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again")]
+        assert heads(again) == 0
+        assert (
+            f"identical to {tmp_path / 'out'}: metrics.csv, keep_masks.npz"
+            in capsys.readouterr().out
+        )
+        assert results(tmp_path / "out") == results(tmp_path / "again")
+        settings = [runs.recorded(tmp_path / name).configuration for name in ("out", "again")]
+        assert settings[0] == settings[1]
+
+    def test_a_pruned_checkpoint_is_made_again(self, script, checkpoint, tmp_path, capsys):
+        model = checkpoint("untied_gqa")
+        (model / "text.txt").write_text("the cat sat on the mat. " * 40)
+        flags = ["--model", model, "--calibration", model / "text.txt", "--windows", "2"]
+        flags += ["--seqlen", "16", "--heldout", "1", "--method", "wanda", "--no-propagate"]
+        prune = script("prune").main
+        assert prune([*map(str, flags), "--out", str(tmp_path / "out")]) == 0
+        again = ["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again")]
+        assert prune(again) == 0
+        assert "model.safetensors" in capsys.readouterr().out
+        (model / "text.txt").write_text("the dog sat on the mat. " * 40)
+        assert prune([*again[:-1], str(tmp_path / "third")]) == 2
+        assert "other files for --calibration" in capsys.readouterr().err
+        assert not (tmp_path / "third").exists()
+
+    def test_differences_are_said_with_their_size(self, heads, layer, tmp_path, capsys):
+        assert heads(heads_flags(layer, tmp_path / "out")) == 0
+        file = tmp_path / "out" / "metrics.csv"
+        table = pd.read_csv(file)
+        table["heldout_error"] *= 1.001
+        table.to_csv(file, index=False)
+        environment = json.loads((tmp_path / "out" / "environment.json").read_text())
+        environment["backend"] = "tpu"
+        (tmp_path / "out" / "environment.json").write_text(json.dumps(environment))
+        again = ["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again")]
+        assert heads(again) == 1
+        shown = capsys.readouterr().out
+        assert "metrics.csv: heldout_error by up to 1.0e-03 of itself" in shown
+        assert "backend tpu then, cpu now" in shown
+
+    @pytest.mark.parametrize(
+        ("damage", "more", "named"),
+        [
+            (None, ["--steps", "3"], "--steps: a repetition takes"),
+            (None, ["--redraw"], "--redraw: a repetition takes"),
+            ("inputs.json", [], "inputs.json: no such file"),
+            ("config.json", [], "config.json: no such file"),
+        ],
+    )
+    def test_what_cannot_be_repeated(self, heads, layer, tmp_path, capsys, damage, more, named):
+        assert heads(heads_flags(layer, tmp_path / "out")) == 0
+        if damage:
+            (tmp_path / "out" / damage).unlink()
+        again = ["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again"), *more]
+        assert heads(again) == 2
+        assert named in capsys.readouterr().err
+        assert not (tmp_path / "again").exists()
+
+    def test_another_scripts_run_is_not_repeated(self, script, heads, layer, tmp_path, capsys):
+        assert heads(heads_flags(layer, tmp_path / "out")) == 0
+        again = ["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again")]
+        assert script("synthetic").main(again) == 2
+        assert "not a run of this version's synthetic.py" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_with_wrong_input_is_taken_away_if_it_was_new(tmp_path):
+    def fail(resume):
+        with runs.RunFolder(tmp_path / "out", Settings(), resume=resume):
+            raise InputError("wrong")
+
+    with pytest.raises(InputError, match="wrong"):
+        fail(False)
+    assert not (tmp_path / "out").exists()
+    with runs.RunFolder(tmp_path / "out", Settings()):
+        pass
+    with pytest.raises(InputError, match="wrong"):
+        fail(True)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_processes_agree_to_the_last_bit(tmp_path):
+    for name in ("a", "b"):
+        assert start("convergence", tmp_path / name).wait() == 0
+    assert results(tmp_path / "a") == results(tmp_path / "b")
