@@ -41,6 +41,7 @@ from jaxprune.runs import (
     write_arrays,
     write_json,
 )
+from jaxprune.sharding import by_writer, connect, is_writer, use_mesh
 from jaxprune.sparsity import Sparsity
 
 
@@ -83,6 +84,19 @@ class Config:
     """go on with an interrupted run with the same --out"""
     repeat: Path | None = None
     """folder of a pruned checkpoint to make again in --out, with its settings, and to compare"""
+
+    dtype: str = "float32"
+    """of the model's weights and activations, float32 or bfloat16; softmax, sums, masks and the
+    weights that a descent moves are float32"""
+    mesh: str | None = None
+    """SxH, devices along sequences and heads; if left out, all there are, heads first"""
+    coordinator: str | None = None
+    """host:port of process 0 where several processes share the work, or auto on a cluster that
+    JAX knows; --out must then be on a file system they all see"""
+    processes: int | None = None
+    """how many"""
+    process: int | None = None
+    """which one this is, from 0; process 0 writes"""
 
     memory_flags: ClassVar[str] = "--batch, --windows or --seqlen"
 
@@ -156,13 +170,16 @@ def summary_figure(metrics: pd.DataFrame, title: str) -> plt.Figure:
 def body(config: Config) -> None:
     """Check everything, prune block by block, write the checkpoint whole."""
     settings = config.settings()
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {config.dtype}: expected float32 or bfloat16")
+    connect(config.coordinator, config.processes, config.process)
     if config.heldout is not None and config.heldout < 1:
         raise InputError(f"--heldout {config.heldout}: expected 1 or more")
     if finished_before(config):
-        shutil.rmtree(work_folder(config.out), ignore_errors=True)
+        by_writer(lambda: shutil.rmtree(work_folder(config.out), ignore_errors=True))
         print(f"{config.out}: finished already")
         return
-    check_new_folder(config.out)
+    by_writer(lambda: check_new_folder(config.out))
     folder = llama.locate(config.model)
     shape = llama.load_config(folder)
     settings.check(shape)
@@ -186,12 +203,15 @@ def body(config: Config) -> None:
         "heldout": heldout.hashes(),
     }
     work = work_folder(config.out)
-    with RunFolder(work, config, resume=config.resume, inputs=inputs) as run:
-        model = llama.load(folder)
+    with (
+        use_mesh(config.mesh, shape.num_key_value_heads),
+        RunFolder(work, config, resume=config.resume, inputs=inputs) as run,
+    ):
+        model = llama.load(folder, config.dtype)
         masks: dict[str, np.ndarray] = {}
         rows: list[dict[str, Any]] = []
         total = units(settings, shape) * shape.num_hidden_layers
-        with tqdm(total=total, unit="chunk") as bar:
+        with tqdm(total=total, unit="chunk", disable=not is_writer()) as bar:
 
             def progress(where: Progress) -> None:
                 bar.set_postfix_str(where.doing)
@@ -202,7 +222,9 @@ def body(config: Config) -> None:
             ):
                 masks |= {f"{layer}.{name}": mask for name, mask in kept.items()}
                 rows += new
-        write(config, model, folder, masks, rows, calibration, heldout, run.inputs)
+        by_writer(
+            lambda: write(config, model, folder, masks, rows, calibration, heldout, run.inputs)
+        )
     run.remove()
 
 
@@ -246,7 +268,7 @@ def write(
 
 def _peak_memory() -> int | None:
     """Peak bytes of the device, where it counts them (a CPU does not)."""
-    statistics = jax.devices()[0].memory_stats()
+    statistics = jax.local_devices()[0].memory_stats()
     return None if statistics is None else statistics.get("peak_bytes_in_use")
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxprune.errors import InputError
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import BlockWeights, Llama, Tokens, block, rms_norm
+from jaxprune.sharding import AXES, over_mesh, split_windows
 
 
 def attention_inputs(
@@ -54,9 +55,13 @@ def next_hidden(
     if batch < 1:
         raise InputError(f"batch must be at least 1, not {batch}")
     starts = range(0, hidden.shape[0], batch)
-    return jnp.concatenate([_after(weights, hidden[i : i + batch], config) for i in starts])
+    parts = [_after(weights, hidden[i : i + batch], config) for i in starts]
+    return split_windows(jnp.concatenate(parts))
 
 
 @partial(jax.jit, static_argnums=2)
 def _after(weights: BlockWeights, hidden: Array, config: LlamaConfig) -> Array:
-    return block(weights, hidden, config)[0]
+    def through(hidden: Array) -> Array:
+        return block(weights, hidden, config)[0]
+
+    return over_mesh(through, AXES)(hidden)

@@ -212,7 +212,7 @@ def queries_and_keys(
     """
 
     def project(w: Array, *heads: int) -> Array:
-        y = contract("...nd,de->...ne", x, w).astype(x.dtype)
+        y = contract("...nd,de->...ne", x, w.astype(x.dtype)).astype(x.dtype)
         y = jnp.moveaxis(y.reshape(*y.shape[:-1], *heads, -1), -4, -2)
         return y if rope is None else rotary_embedding(y, rope)
 

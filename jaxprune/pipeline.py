@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
+from jaxprune.attention import accumulation_dtype
 from jaxprune.baselines import PrunedLinear, magnitude
 from jaxprune.baselines.sparsegpt import hessian, sparsegpt_from_hessian
 from jaxprune.baselines.wanda import feature_norms, wanda_from_norms
@@ -37,6 +38,7 @@ from jaxprune.models.llama.descent import BlockSettings, block_context, block_de
 from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, block, rms_norm
 from jaxprune.presets import split_sequences
 from jaxprune.runs import RunFolder, read_arrays, write_arrays
+from jaxprune.sharding import agreed, by_writer, split_columns, split_windows, whole
 from jaxprune.sparsity import Sparsity
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "descent")
@@ -157,8 +159,14 @@ def prune_model(
 
 def _set_block(model: Llama, layer: int, weights: BlockWeights) -> None:
     model.blocks.set_value(
-        jax.tree.map(lambda stack, w: stack.at[layer].set(w), model.blocks.get_value(), weights)
+        jax.tree.map(lambda stack, w: _replaced(stack, layer, w), model.blocks.get_value(), weights)
     )
+
+
+# The old stack's memory is used: a model is never held twice.
+@partial(jax.jit, donate_argnums=0)
+def _replaced(stack: Array, layer: int, weight: Array) -> Array:
+    return stack.at[layer].set(weight)
 
 
 class _Streams(NamedTuple):
@@ -171,8 +179,10 @@ class _Streams(NamedTuple):
 
     @classmethod
     def start(cls, model: Llama, tokens: np.ndarray, heldout: np.ndarray) -> _Streams:
-        hidden = model.embed(jnp.asarray(tokens))
-        return cls(hidden, hidden, model.embed(jnp.asarray(heldout)), model.config)
+        hidden, fresh = (
+            split_windows(model.embed(jnp.asarray(windows))) for windows in (tokens, heldout)
+        )
+        return cls(hidden, hidden, fresh, model.config)
 
     def after(self, dense: BlockWeights, pruned: BlockWeights, batch: int) -> _Streams:
         through = partial(next_hidden, config=self.config, batch=batch)
@@ -197,27 +207,32 @@ class _Work:
 
     def load(self, start: DescentState) -> DescentState:
         """The saved state, or ``start``."""
-        if not self._file.exists():
+        if not agreed(self._file.exists()):
             return start
         leaves, form = jax.tree.flatten(start)
         saved = read_arrays(self._file, "delete it to begin this block anew")
-        return jax.tree.unflatten(form, [jnp.asarray(saved[str(i)]) for i in range(len(leaves))])
+        placed = [jax.device_put(saved[str(i)], leaf.sharding) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(form, placed)
 
     def save(self, state: DescentState, trace: Trace) -> None:
         """Called after every chunk; writes where that is cheap enough."""
         del trace
         now = time.monotonic()
-        if now - self._saved_at >= self._cost / _SAVING_SHARE:
-            leaves = jax.tree.leaves(state)
-            write_arrays(self._file, **{str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)})
+        if agreed(now - self._saved_at >= self._cost / _SAVING_SHARE):
+            arrays = {str(i): whole(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+            by_writer(lambda: write_arrays(self._file, **arrays))
             self._saved_at = time.monotonic()
             self._cost = self._saved_at - now
         self.report(int(state.step) // Descent.chunk_size)
 
     def finish(self, **arrays: np.ndarray) -> None:
         """Keep a finished block's arrays; the state is of no more use."""
-        write_arrays(self.run.part_file(self.name), **arrays)
-        self._file.unlink(missing_ok=True)
+
+        def write() -> None:
+            write_arrays(self.run.part_file(self.name), **arrays)
+            self._file.unlink(missing_ok=True)
+
+        by_writer(write)
 
 
 def _prune_block(
@@ -245,8 +260,8 @@ def _prune_block(
             )
     rows = _head_rows(layer, dense, dense._replace(**weights), streams, extra)
     work.finish(
-        **{name: np.asarray(weights[name]) for name in names},
-        **{f"keep_{name}": np.asarray(kept[name]) for name in names},
+        **{name: whole(weights[name].astype(jnp.float32)) for name in names},
+        **{f"keep_{name}": whole(kept[name]) for name in names},
     )
     return rows
 
@@ -264,7 +279,7 @@ def _head_rows(
         error, energy = head_errors(
             x, (pruned.wq, pruned.wk), x, (dense.wq, dense.wk), rope, settings
         )
-        columns.append(np.asarray(error / energy))
+        columns.append(whole(error / energy))
         if not np.isfinite(columns[-1]).all():
             raise InputError(
                 f"block {layer}: its attention is not finite; check weights and activations"
@@ -317,14 +332,14 @@ def _descend(
     chosen = _descent_settings(settings, streams.config)
     context: Any
     if isinstance(chosen, QueryKeySettings):
-        weights: PyTree = (dense.wq, dense.wk)
+        weights: PyTree = _movable((dense.wq, dense.wk))
         x0 = streams.normed(streams.dense, dense)
         x = streams.normed(streams.pruned, dense) if settings.propagate else x0
         data = {"x": x, "x0": x0}
         rope = jnp.asarray(inverse_frequencies(streams.config))
         make: Callable[..., Descent] = query_key_descent
     else:
-        weights = {name: getattr(dense, name) for name in TARGETS["all"]}
+        weights = _movable({name: getattr(dense, name) for name in TARGETS["all"]})
         target = next_hidden(dense, streams.dense, streams.config, batch=settings.batch)
         data = {"hidden": streams.pruned, "target": target}
         make = block_descent
@@ -369,6 +384,11 @@ def _descend(
     return found.weights, found.keep_masks, extra
 
 
+def _movable(weights: PyTree) -> PyTree:
+    """Weights as a descent moves them: float32, whatever the model computes in."""
+    return split_columns(jax.tree.map(lambda w: w.astype(accumulation_dtype(w)), weights))
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _start(
     make: Callable[..., Descent],
@@ -378,7 +398,7 @@ def _start(
     validation: PyTree,
     context: PyTree,
 ) -> DescentState:
-    return make(weights, fit, context, settings).init(weights, validation)
+    return split_columns(make(weights, fit, context, settings).init(weights, validation))
 
 
 # One program for all blocks: what differs between them are arguments.
@@ -393,7 +413,9 @@ def _advance(
     context: PyTree,
     key: Key[Array, ""],
 ) -> tuple[DescentState, Trace]:
-    return make(weights, fit, context, settings).chunk(state, weights, fit, validation, key)
+    descent = make(weights, fit, context, settings)
+    state, trace = descent.chunk(state, weights, fit, validation, key)
+    return split_columns(state), trace
 
 
 def _baseline(

@@ -32,6 +32,7 @@ import numpy as np
 import pandas as pd
 
 from jaxprune.errors import InputError
+from jaxprune.sharding import agreed, by_writer, is_writer
 
 _RECORDED_PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors")
 
@@ -102,7 +103,7 @@ def environment() -> dict[str, Any]:
 def configuration(config: Any) -> dict[str, Any]:
     """A configuration dataclass as plain JSON values, without where and whether it goes on."""
     fields = dataclasses.asdict(config)
-    for where in ("out", "resume", "repeat"):
+    for where in ("out", "resume", "repeat", "mesh", "coordinator", "processes", "process"):
         fields.pop(where, None)
     return cast(dict[str, Any], json.loads(json.dumps(fields, default=str)))
 
@@ -159,7 +160,7 @@ def check_writable(out: Path, flag: str = "--out") -> None:
 
 
 class RunFolder:
-    """The folder of one run, held by one process at a time.
+    """The folder of one run, held by one run at a time, of which process 0 writes.
 
     Use as a context manager::
 
@@ -197,6 +198,10 @@ class RunFolder:
         self._repeats: Path | None = getattr(config, "repeat", None)
 
     def __enter__(self) -> RunFolder:
+        by_writer(self._open)
+        return self
+
+    def _open(self) -> None:
         self._fresh = not (self.path.is_dir() and any(self.path.iterdir()))
         check_writable(self.path)
         self._lock = filelock.FileLock(self.path / ".lock")
@@ -207,11 +212,14 @@ class RunFolder:
         try:
             self._claim()
         except BaseException as error:
-            self.__exit__(type(error))
+            self._close(type(error))
             raise
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if is_writer():
+            self._close(kind)
+
+    def _close(self, kind: type[BaseException] | None) -> None:
         if self._fresh and kind is not None and issubclass(kind, InputError):
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
@@ -263,15 +271,16 @@ class RunFolder:
     def part(self, name: str, compute: Callable[[], Sequence[dict[str, Any]]]) -> list[dict]:
         """Rows of the part ``name``: read back where finished, else computed and kept."""
         file = self._parts / f"{name}.json"
-        if not file.exists():
-            write_json(file, list(compute()))
+        if not agreed(file.exists()):
+            rows = list(compute())
+            by_writer(lambda: write_json(file, rows))
         try:
-            rows = json.loads(file.read_text())
+            kept = json.loads(file.read_text())
         except ValueError:
-            rows = None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            kept = None
+        if not isinstance(kept, list) or not all(isinstance(row, dict) for row in kept):
             raise InputError(f"{file}: damaged; delete it, and --resume computes it anew")
-        return cast(list[dict], rows)
+        return cast(list[dict], kept)
 
     def part_arrays(self, name: str) -> dict[str, np.ndarray]:
         """What a finished part keeps in ``part_file``."""
@@ -282,7 +291,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Delete the folder, where it only held what a finished run no longer needs."""
-        shutil.rmtree(self.path)
+        by_writer(lambda: shutil.rmtree(self.path))
 
     def part_file(self, name: str) -> Path:
         """Where a part may keep arrays (``.npz``) beside its rows; write them first."""

@@ -248,7 +248,7 @@ def rms_norm(
 
 def linear(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
     """``x @ w`` in the type of ``x``, accumulated in float32."""
-    return contract("...i,io->...o", x, w).astype(x.dtype)
+    return contract("...i,io->...o", x, w.astype(x.dtype)).astype(x.dtype)
 
 
 def _split_heads(x: Float[Array, "b n e"], head_dim: int) -> Float[Array, "b h n k"]:
