@@ -297,7 +297,7 @@ def search_algorithm1(
 @partial(jax.jit, static_argnames=("steps", "batch_size"))
 def _search(
     x: Array, w: Array, ratios: Array, *, steps: int, batch_size: int | None
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     judged = x[..., :: -(-x.shape[-3] // _JUDGED), :, :]
 
     def one(x: Array, judged: Array, w: Array) -> tuple[Array, ...]:

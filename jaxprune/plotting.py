@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -61,10 +61,19 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     plt.close(figure)
 
 
-def curves(axes: Axes, frame: pd.DataFrame, x: str, y: str, methods: Sequence[str]) -> None:
-    """A line for each method: the mean of ``y`` over rows of equal ``x``, and its standard error.
+def curves(
+    axes: Axes,
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    methods: Sequence[str],
+    *,
+    band: Literal["error", "deciles"] = "error",
+) -> None:
+    """A line for each method: the mean of ``y`` over rows of equal ``x``, and a band around it.
 
-    A method that has no ``x`` (Wanda has no λ) is a level line.
+    The band is the standard error of the mean, or goes from the first to the ninth decile of the
+    rows. A method that has no ``x`` (Wanda has no λ) is a level line.
     """
     for method in methods:
         rows = frame[frame["method"] == method]
@@ -72,12 +81,17 @@ def curves(axes: Axes, frame: pd.DataFrame, x: str, y: str, methods: Sequence[st
             continue
         style = STYLES[method]
         if rows[x].isna().all():
-            values, error = [rows[y].mean()] * 2, [rows[y].sem()] * 2
-            places, marker = list(axes.get_xlim()), ""
+            rows = pd.concat([rows.assign(**{x: limit}) for limit in axes.get_xlim()])
+            marker = ""
         else:
-            groups = rows.groupby(x)[y]
-            values, error = groups.mean().tolist(), groups.sem().fillna(0).tolist()
-            places, marker = list(groups.groups), style.marker
+            marker = style.marker
+        groups = rows.groupby(x)[y]
+        places, values = list(groups.groups), groups.mean()
+        if band == "error":
+            error = groups.sem().fillna(0)
+            low, high = values - error, values + error
+        else:
+            low, high = groups.quantile(0.1), groups.quantile(0.9)
         axes.plot(
             places,
             values,
@@ -88,9 +102,9 @@ def curves(axes: Axes, frame: pd.DataFrame, x: str, y: str, methods: Sequence[st
             linewidth=1.3,
             label=style.label,
         )
-        low = [max(v - e, 1e-9) for v, e in zip(values, error, strict=True)]
-        high = [v + e for v, e in zip(values, error, strict=True)]
-        axes.fill_between(places, low, high, color=style.color, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            places, low.clip(lower=1e-9), high, color=style.color, alpha=0.15, linewidth=0
+        )
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
