@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, use_abstract_mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
 from safetensors.numpy import save_file
@@ -186,7 +187,9 @@ def write_new(model: Llama, folder: Path, dtype: DTypeLike, **settings: Any) -> 
 
 def abstract_model(config: LlamaConfig, dtype: DTypeLike) -> Llama:
     """A ``Llama`` of shapes and types without numbers."""
-    return nnx.eval_shape(lambda: Llama(config, key=jax.random.key(0), dtype=dtype))
+    # Under a mesh Flax asks for the sharding of what has none.
+    with use_abstract_mesh(AbstractMesh((), ())):
+        return nnx.eval_shape(lambda: Llama(config, key=jax.random.key(0), dtype=dtype))
 
 
 def _arrays(model: Llama) -> dict[str, Any]:
