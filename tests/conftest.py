@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -22,6 +23,14 @@ jaxtyping.install_import_hook("jaxprune", "beartype.beartype")
 
 # Read by the hub's client when it is imported: whatever it is asked for is not there.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def refuse(*arguments, **options):
+    """In place of what would reach the network."""
+    raise OSError("no network in tests")
+
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden"
