@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep figures test test-fast lint format clean
+.PHONY: help sweep figures test test-fast mutants coverage lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | expand -t 14
@@ -34,6 +34,12 @@ test: $(READY) ## all tests
 
 test-fast: $(READY) ## tests that take seconds
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
+
+mutants: $(READY) ## changes to the source that tests must notice (minutes)
+	$(BIN)/python tests/mutants.py
+
+coverage: $(READY) ## lines of jaxprune/ that the tests run; fails below 95%
+	$(BIN)/python -m pytest -q $(PARALLEL) --cov=jaxprune --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 lint: $(READY) ## style, formatting, types
 	$(BIN)/ruff check .

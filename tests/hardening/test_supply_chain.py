@@ -6,6 +6,7 @@ import socket
 import tomllib
 from pathlib import Path
 
+import mutants
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -64,3 +65,12 @@ def test_tests_have_no_network():
         socket.create_connection(("127.0.0.1", 9), timeout=1)
     with pytest.raises(OSError, match="no network in tests"):
         socket.getaddrinfo("localhost", 80)
+
+
+def test_every_mutant_still_finds_its_place():
+    """What ``make mutants`` changes is there exactly once."""
+    assert len(mutants.MUTANTS) >= 30
+    for mutant in mutants.MUTANTS:
+        source = (REPOSITORY / "jaxprune" / mutant.file).read_text()
+        assert source.count(mutant.old) == 1, mutant
+        assert mutant.old != mutant.new

@@ -1,0 +1,173 @@
+"""Mutation testing: each of these changes to the source must make a fast test fail.
+
+Run by ``make mutants``. Every mutant is one textual change to a copy of the package; the tests of
+the changed file run against the copy. A mutant that survives names something no test looks at.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).parent.parent
+TESTS = {
+    "objective.py": ["tests/test_objective.py"],
+    "attention.py": ["tests/test_attention.py", "tests/test_objective.py"],
+    "sparsity.py": ["tests/test_sparsity.py"],
+    "baselines/magnitude.py": ["tests/baselines/test_magnitude.py", "tests/baselines"],
+    "baselines/wanda.py": ["tests/baselines/test_wanda.py", "tests/baselines"],
+    "baselines/sparsegpt.py": ["tests/baselines/test_sparsegpt.py", "tests/baselines"],
+}
+
+
+class Mutant(NamedTuple):
+    """One change: file below ``jaxprune``, what is there (once), what is there instead."""
+
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    # The objective and its gradients.
+    Mutant(
+        "objective.py", "half_errors = 0.5 * jnp.sum(difference", "half_errors = jnp.sum(difference"
+    ),
+    Mutant("objective.py", "f * (c - jnp.sum(f * c,", "f * (c + jnp.sum(f * c,"),
+    Mutant("objective.py", "f * (c - jnp.sum(f * c, axis=-1, keepdims=True))", "f * c"),
+    Mutant(
+        "objective.py", "error + 0.5 * lam * jnp.sum(mask**2)", "error + lam * jnp.sum(mask**2)"
+    ),
+    Mutant("objective.py", "0.5 * lam * jnp.sum(mask**2)", "0.5 * lam * jnp.sum(jnp.abs(mask))"),
+    Mutant("objective.py", "axis=0) + lam * mask", "axis=0)"),
+    Mutant("objective.py", "return jnp.mean(errors)", "return jnp.sum(errors)"),
+    Mutant("objective.py", "r = -weights[:, None]", "r = weights[:, None]"),
+    Mutant("objective.py", "keys = stop if causal else n", "keys = stop"),
+    Mutant(
+        "objective.py", "causal_bias(rows, k.shape[0], weights.dtype) if causal", "None if causal"
+    ),
+    Mutant(
+        "objective.py", "dk = dk.at[:, :keys].add(group.k)", "dk = dk.at[:, :keys].set(group.k)"
+    ),
+    Mutant("objective.py", "return jnp.sum(weights * half_errors)", "return jnp.sum(half_errors)"),
+    Mutant("objective.py", "(g * cotangent.reshape", "(g * 1 + 0 * cotangent.reshape"),
+    Mutant(
+        "objective.py",
+        "fused_error(mask * w, x, queries0, causal=causal,",
+        "fused_error(mask * w, x, queries0, causal=True,",
+    ),
+    Mutant(
+        "objective.py",
+        "attention_matrix(x, mask * w, causal=causal)",
+        "attention_matrix(x, mask * w)",
+    ),
+    Mutant("objective.py", "difference += contract(", "difference -= contract("),
+    Mutant("attention.py", "jnp.arange(keys) <= rows", "jnp.arange(keys) < rows + 2"),
+    Mutant(
+        "attention.py", "return weights / weights.sum(axis=-1, keepdims=True)", "return weights"
+    ),
+    Mutant("attention.py", "return error.sum() / energy.sum()", "return (error / energy).mean()"),
+    # Rounding.
+    Mutant("sparsity.py", "jnp.where(below <= drop,", "jnp.where(below < drop,"),
+    Mutant("sparsity.py", "dtype=jnp.int32) <= missing", "dtype=jnp.int32) < missing"),
+    Mutant("sparsity.py", "float(self.ratio) + 1e-9 * size", "float(self.ratio)"),
+    Mutant("sparsity.py", "return math.floor(", "return math.ceil("),
+    Mutant("sparsity.py", "* (self.m - self.n)", "* self.n"),
+    Mutant("sparsity.py", "jnp.where(bits & sign, ~bits, bits | sign)", "bits | sign"),
+    Mutant("sparsity.py", "jnp.where(wide == 0, jnp.zeros_like(wide), wide)", "wide"),
+    Mutant(
+        "sparsity.py",
+        "(scores.T, _drop(sparsity, d_in, fraction)).T",
+        "(scores, _drop(sparsity, d_out, fraction))",
+    ),
+    # Scores and updates of the baselines.
+    Mutant("baselines/magnitude.py", "prune_by_score(jnp.abs(w),", "prune_by_score(w,"),
+    Mutant("baselines/magnitude.py", 'group: Group = "matrix"', 'group: Group = "output"'),
+    Mutant("baselines/wanda.py", "* norms[:, None]", "* norms[:, None] ** 2"),
+    Mutant(
+        "baselines/wanda.py",
+        "jnp.abs(w.astype(accumulation_dtype(w)))",
+        "w.astype(accumulation_dtype(w))",
+    ),
+    Mutant("baselines/wanda.py", "per_sequence.mean(axis=0)", "per_sequence.max(axis=0)"),
+    Mutant("baselines/sparsegpt.py", "(rows / diagonal) ** 2", "(rows * diagonal) ** 2"),
+    Mutant("baselines/sparsegpt.py", "(value - pruned) / u[i, i]", "(value - pruned)"),
+    Mutant(
+        "baselines/sparsegpt.py", "rows - u[i][:, None] * error", "rows + u[i][:, None] * error"
+    ),
+    Mutant(
+        "baselines/sparsegpt.py", 'weight - contract("bj,bo->jo"', 'weight + contract("bj,bo->jo"'
+    ),
+    Mutant("baselines/sparsegpt.py", "/ wide.shape[0]", "/ 1"),
+    Mutant("baselines/sparsegpt.py", "jnp.maximum(state.damping, 1e-3) * 10", "state.damping"),
+    Mutant("baselines/sparsegpt.py", "jnp.where(dead[:, None], 0, weight)", "weight"),
+]
+
+
+def outcome(mutant: Mutant | None, tests: list[str]) -> int:
+    """Exit status of pytest on a copy of the package with the change, if any."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        for part in ("jaxprune", "experiments", "tests"):
+            shutil.copytree(
+                REPOSITORY / part, copy / part, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        shutil.copy(REPOSITORY / "pyproject.toml", copy)
+        if mutant is not None:
+            file = copy / "jaxprune" / mutant.file
+            source = file.read_text()
+            assert source.count(mutant.old) == 1, mutant
+            file.write_text(source.replace(mutant.old, mutant.new))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+        ]
+        return subprocess.run(
+            [*command, "-n", "0", *dict.fromkeys(tests)],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ).returncode
+
+
+def main() -> int:
+    """Run all mutants; 1 if any survived or could not run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at once")
+    parser.add_argument("--only", default="", help="files whose name holds this")
+    options = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if options.only in mutant.file]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        files = sorted({mutant.file for mutant in chosen})
+        clean = list(pool.map(partial(outcome, None), [TESTS[file] for file in files]))
+        if any(clean):
+            print(f"tests fail without any mutant: {files[clean.index(max(clean))]}")
+            return 1
+        tests = [TESTS[mutant.file] for mutant in chosen]
+        found = list(tqdm(pool.map(outcome, chosen, tests), total=len(chosen), unit="mutant"))
+    # 1: a test failed. Anything else is no verdict: 2 and above, pytest itself could not run.
+    missed = [(mutant, status) for mutant, status in zip(chosen, found, strict=True) if status != 1]
+    for mutant, status in missed:
+        print(f"{'survived' if status == 0 else f'status {status}'}: {mutant}")
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutants caught")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
