@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune import InputError, mask_loss, prune_attention
+from jaxprune import InputError, mask_loss, prune_attention, softmax_error
 from jaxprune.convergence import (
     certified_lipschitz,
     curvature,
@@ -185,6 +185,21 @@ class TestCurvature:
         )
         h = 1e-5
         difference = (gradient(mask + h * direction) - gradient(mask - h * direction)) / (2 * h)
+        np.testing.assert_allclose(product, difference, rtol=1e-6, atol=1e-8)
+
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_hessian_products_are_the_same_in_row_blocks(self, key, x64, causal):
+        """The kernel's own derivative, differentiated again through its scans: 3 rows a block."""
+        q, k, q0, k0, direction = jax.random.normal(key, (5, 2, 11, 4), jnp.float64)
+
+        def error(block_size):
+            return lambda q: softmax_error(q, k, q0, k0, causal=causal, block_size=block_size).sum()
+
+        product = hessian_product(error(3), q, direction)
+        np.testing.assert_allclose(product, hessian_product(error(11), q, direction), rtol=1e-10)
+        h = 1e-5
+        gradient = jax.grad(error(3))
+        difference = (gradient(q + h * direction) - gradient(q - h * direction)) / (2 * h)
         np.testing.assert_allclose(product, difference, rtol=1e-6, atol=1e-8)
 
 
