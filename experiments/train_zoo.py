@@ -143,7 +143,7 @@ def train_tokenizer(text: str, folder: Path, seqlen: int) -> None:
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{_BOS} $A", special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))]
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _BOS,

@@ -33,11 +33,24 @@ def parse_flags(config_type: type[Config], argv: Sequence[str] | None, prog: str
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            return tyro.cli(config_type, args=argv, prog=prog)
+            config = tyro.cli(config_type, args=argv, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
         raise InputError(f"{_one_line(shown.getvalue())} (see {prog} --help)") from None
+    _check_sizes(config)
+    return config
+
+
+def _check_sizes(config: Any) -> None:
+    """Raise ``InputError`` for whole numbers that no array index or seed of JAX can be."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) >= 2**31:
+                raise InputError(
+                    f"--{field.name.replace('_', '-')} {number:.4g}: expected a number below 2^31"
+                )
 
 
 def _one_line(box: str) -> str:

@@ -5,6 +5,7 @@ was read is as it was. Shapes are few, so that nothing is compiled twice.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -481,3 +482,22 @@ def test_no_script_prints_a_traceback_for_an_unreadable_input(mains, place):
         assert ends_well(mains["perplexity"], argv, place)[0] == 2
     argv = ["--input", folder, "--out", place / "out"]
     assert ends_well(mains["llama_heads"], argv, place)[0] == 2
+
+
+@pytest.mark.parametrize("name", ["synthetic", "convergence", "train_zoo", "prune", "llama_heads"])
+def test_absurd_numbers_are_refused_by_every_flag_that_takes_one(script, place, capsys, name):
+    module = script(name)
+    config = next(v for v in vars(module).values() if hasattr(v, "memory_flags"))
+    numbers = [
+        field.name.replace("_", "-")
+        for field in dataclasses.fields(config)
+        if "int" in str(field.type)
+    ]
+    assert len(numbers) >= 3
+    for flag in numbers:
+        argv = [f"--{flag}", "9" * 30, "--out", str(place / "out")]
+        assert module.main(argv) == 2
+        error = capsys.readouterr().err
+        assert f"--{flag} 1e+30: expected a number below 2^31" in error
+        assert error.count("\n") == 1
+    assert not (place / "out").exists()

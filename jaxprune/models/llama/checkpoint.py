@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, use_abstract_mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
-from safetensors.numpy import save_file
+from safetensors.numpy import save as save_tensors
 
 from jaxprune import runs
 from jaxprune.errors import InputError
@@ -179,8 +179,7 @@ def write_new(model: Llama, folder: Path, dtype: DTypeLike, **settings: Any) -> 
         for name, place in places_of(model.config).items()
     }
     # `transformers` asks for this entry.
-    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-    (folder / SINGLE_FILE).chmod(0o644)  # the library writes for the owner alone
+    (folder / SINGLE_FILE).write_bytes(save_tensors(tensors, metadata={"format": "pt"}))
     named = {**model.config.to_json(), "torch_dtype": jnp.dtype(dtype).name, **settings}
     runs.write_json(folder / "config.json", named)
 
