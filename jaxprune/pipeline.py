@@ -165,7 +165,7 @@ def _set_block(model: Llama, layer: int, weights: BlockWeights) -> None:
 
 # The old stack's memory is used: a model is never held twice.
 @partial(jax.jit, donate_argnums=0)
-def _replaced(stack: Array, layer: int, weight: Array) -> Array:
+def _replaced(stack: Array, layer: Array | int, weight: Array) -> Array:
     return stack.at[layer].set(weight)
 
 
