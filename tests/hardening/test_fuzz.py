@@ -488,14 +488,14 @@ def test_no_script_prints_a_traceback_for_an_unreadable_input(mains, place):
 def test_absurd_numbers_are_refused_by_every_flag_that_takes_one(script, place, capsys, name):
     module = script(name)
     config = next(v for v in vars(module).values() if hasattr(v, "memory_flags"))
-    numbers = [
-        field.name.replace("_", "-")
+    numbers = {
+        field.name.replace("_", "-"): ["9" * 30] * (2 if "int, int" in str(field.type) else 1)
         for field in dataclasses.fields(config)
         if "int" in str(field.type)
-    ]
+    }
     assert len(numbers) >= 3
-    for flag in numbers:
-        argv = [f"--{flag}", "9" * 30, "--out", str(place / "out")]
+    for flag, values in numbers.items():
+        argv = [f"--{flag}", *values, "--out", str(place / "out")]
         assert module.main(argv) == 2
         error = capsys.readouterr().err
         assert f"--{flag} 1e+30: expected a number below 2^31" in error
