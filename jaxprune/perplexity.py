@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,13 +18,21 @@ from jaxprune.errors import InputError
 from jaxprune.models.llama.modeling import Llama, Tokens
 
 
-def evaluate(model: Llama, windows: Windows, *, batch: int = 8) -> dict[str, Any]:
+def evaluate(
+    model: Llama,
+    windows: Windows,
+    *,
+    batch: int = 8,
+    losses: Callable[[Llama, Tokens], Float[Array, " b"]] | None = None,
+) -> dict[str, Any]:
     """Perplexity ``exp(mean_w mean_i −log p(x_{w,i+1} | x_{w,≤i}))`` over windows ``w``.
 
     Args:
       model: computes in its own type; the cross-entropy is float32.
       windows: of ``data.evaluation_windows``; each is scored on its own.
       batch: windows at once.
+      losses: mean cross-entropy of every window, for a model computed in another way;
+        ``window_losses`` if ``None``.
 
     Returns:
       ``perplexity`` and what it depends on: corpus, split, seqlen, windows, bos, dtype,
@@ -36,13 +45,13 @@ def evaluate(model: Llama, windows: Windows, *, batch: int = 8) -> dict[str, Any
         raise InputError(f"--batch must be at least 1, not {batch}")
     count, seqlen = windows.tokens.shape
     batch = min(batch, count)
-    losses = np.zeros(count)
+    found = np.zeros(count)
     for start in tqdm(range(0, count, batch), desc="perplexity", unit="batch"):
         # The last batch is filled up with windows from its front, for one compiled program.
         rows = np.arange(start, start + batch) % count
-        computed = np.asarray(window_losses(model, windows.tokens[rows]))
-        losses[start : start + batch] = computed[: count - start]
-    mean = float(losses.mean())
+        computed = np.asarray((losses or window_losses)(model, windows.tokens[rows]))
+        found[start : start + batch] = computed[: count - start]
+    mean = float(found.mean())
     if not math.isfinite(mean) or mean > 700:
         raise InputError(f"the mean loss is {mean}; the weights of the model are not usable")
     return {
@@ -59,7 +68,11 @@ def window_losses(model: Llama, tokens: Tokens) -> Float[Array, " b"]:
 
     Logits are held for one window at a time.
     """
-    hidden = model.hidden_states(tokens)
+    return head_losses(model, model.hidden_states(tokens), tokens)
+
+
+def head_losses(model: Llama, hidden: Float[Array, "b n d"], tokens: Tokens) -> Float[Array, " b"]:
+    """``window_losses`` from the hidden states after the last block."""
 
     def one(window: tuple[Array, Array]) -> Array:
         hidden, tokens = window

@@ -35,6 +35,9 @@ STYLES = {
     "fused_magnitude": Style("fused magnitude", "#999999", "D", ":"),
     "ranking": Style("descent's initial ranking", "#E69F00", "v", ":"),
     "descent": Style("preset descent", "#000000", "*", "-"),
+    "magnitude": Style("magnitude on $W_Q$, $W_K$", "#CC79A7", "x", "--"),
+    "algorithm1_rope": Style("Algorithm 1, on the logits with RoPE", "#D55E00", "o", ":"),
+    "descent_rope": Style("descent, on the logits with RoPE", "#000000", "P", "--"),
 }
 
 # Figures go to files; no screen is needed or opened.

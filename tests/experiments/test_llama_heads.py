@@ -57,7 +57,7 @@ def finished(heads, tmp_path_factory):
 
 
 def test_query_heads_are_paired_with_the_key_head_they_share(heads, layer):
-    problems = heads.read_layer(layer())
+    problems = heads.layers.read_layer(layer())
     data = arrays()
     for head in range(4):
         shared = data["wk"][:, head // 2]
@@ -68,7 +68,7 @@ def test_query_heads_are_paired_with_the_key_head_they_share(heads, layer):
 
 
 def test_without_heldout_sequences_the_last_quarter_is_held_out(heads, layer, capsys):
-    problems = heads.read_layer(layer(x_heldout=None))
+    problems = heads.layers.read_layer(layer(x_heldout=None))
     x = arrays()["x"].astype(np.float32)
     assert (problems.x == x[:3]).all()
     assert (problems.x_heldout == x[3:]).all()
@@ -76,14 +76,14 @@ def test_without_heldout_sequences_the_last_quarter_is_held_out(heads, layer, ca
 
 
 def test_single_sequences_need_no_leading_axis(heads, layer):
-    problems = heads.read_layer(layer(x=arrays()["x"][0], x_heldout=arrays()["x"][1]))
+    problems = heads.layers.read_layer(layer(x=arrays()["x"][0], x_heldout=arrays()["x"][1]))
     assert problems.x.shape == problems.x_heldout.shape == (1, 8, D)
 
 
 def test_every_head_method_and_ratio_has_a_row_in_the_documented_columns(finished):
     metrics = pd.read_csv(finished / "whole" / "metrics.csv")
     assert list(metrics.columns) == COLUMNS
-    # Fused matrices of 8 x 8 have no room for fewer weights than two of 8 x 4 at the same ratio.
+    # One matrix of 8 x 8 stores what two of 8 x 4 do: no further ratio for equal storage.
     assert len(metrics) == 4 * 2 * (len(METHODS) + 1)
     assert not metrics.duplicated(["head", "method", "ratio"]).any()
     assert set(metrics["head"]) == set(range(4))
@@ -105,7 +105,7 @@ def keep_masks(out):
 
 def test_keep_masks_reproduce_the_errors(heads, finished):
     """Fused magnitude and Wanda leave kept weights alone, so masks and weights tell all."""
-    problems = heads.read_layer(finished / "layer.npz")
+    problems = heads.layers.read_layer(finished / "layer.npz")
     metrics = pd.read_csv(finished / "whole" / "metrics.csv").set_index(["method", "ratio", "head"])
     masks = keep_masks(finished / "whole")
     assert len(masks) == 4 * 2 * (len(METHODS) + 1 + 2), "two masks where both are pruned"
@@ -183,7 +183,7 @@ def test_an_interrupted_run_resumes_to_identical_files(
     arguments += ["--out", str(out)]
     assert heads.main(arguments) == 130
     assert "--resume continues" in capsys.readouterr().err.splitlines()[-1]
-    assert len(list((out / "parts").glob("*.json"))) == 8
+    assert len(list((out / "parts").glob("*.json"))) == 6
     assert not (out / "metrics.csv").exists()
     assert heads.main([*arguments, "--resume"]) == 0
     whole = finished / "whole"
@@ -199,6 +199,83 @@ def test_redraw_needs_the_metrics_only(heads, finished, tmp_path):
     assert heads.main(["--redraw", "--out", str(tmp_path)]) == 0
     for name in ("figures/heads.svg", "figures/figure3.svg", "tables.md", "summary.csv"):
         assert (tmp_path / name).read_bytes() == (finished / "whole" / name).read_bytes()
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat. a dog saw it and ran. " * 40)
+    return path
+
+
+def test_layers_of_a_model_are_those_of_its_blocks(heads, checkpoint, text, tmp_path):
+    """A file with one layer's arrays gives the same rows."""
+    model = checkpoint("llama3")
+    out = tmp_path / "run"
+    flags = ["--methods", "wanda", "fused_magnitude", "--ratios", "0.5", "--windows", "4"]
+    flags += ["--seqlen", "12", "--heldout", "2"]
+    arguments = ["--model", str(model), "--calibration", str(text), "--out", str(out)]
+    assert heads.main([*flags, *arguments, "--layers", "1"]) == 0
+    metrics = pd.read_csv(out / "metrics.csv")
+    config = json.loads((model / "config.json").read_text())
+    query_heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    assert set(metrics["layer"]) == {1}
+    assert set(metrics["head"]) == set(range(query_heads))
+    source = heads.layers.from_model(
+        str(model), str(text), windows=4, seqlen=12, heldout=2, layers=[1]
+    )
+    ((index, problems),) = source.read()
+    assert index == 1
+    width = problems.wq.shape[-1]
+    np.savez(
+        tmp_path / "layer.npz",
+        x=problems.x,
+        x_heldout=problems.x_heldout,
+        wq=np.sqrt(width) * np.asarray(problems.wq).transpose(1, 0, 2),
+        wk=np.asarray(problems.wk)[:: query_heads // kv_heads].transpose(1, 0, 2),
+    )
+    other = tmp_path / "other"
+    arguments = ["--input", str(tmp_path / "layer.npz"), "--out", str(other)]
+    assert heads.main([*flags[:5], *arguments]) == 0
+    again = pd.read_csv(other / "metrics.csv")
+    for column in ("heldout_error", "calibration_error", "stored_weights", "ratio"):
+        np.testing.assert_allclose(again[column], metrics[column], rtol=1e-4, atol=1e-9)
+    protocol = json.loads((out / "protocol.json").read_text())
+    assert protocol["heldout"]["windows"] == 2
+
+
+def test_equal_storage_sets_equal_counts_side_by_side(heads):
+    rows = [("wanda", 0.5, 100, 0.3), ("descent", 0.5, 400, 0.01), ("descent", 0.875, 100, 0.1)]
+    metrics = pd.DataFrame(rows, columns=["method", "ratio", "stored_weights", "heldout_error"])
+    metrics["calibration_error"] = metrics["heldout_error"]
+    table = heads.equal_storage(metrics)
+    assert set(zip(table["method"], table["ratio"], strict=True)) == {
+        ("wanda", 0.5),
+        ("descent", 0.875),
+    }
+    assert heads.equal_storage(metrics[:2]).empty
+
+
+@pytest.mark.parametrize(
+    ("d", "k", "ratio", "expected"),
+    [(64, 8, 0.5, 0.875), (128, 32, 0.5, 0.75), (8, 8, 0.5, None), (8, 8, 0.7, 1 - 40 / 64)],
+)
+def test_the_ratio_of_equal_storage_stores_the_same(heads, d, k, ratio, expected):
+    source = heads.Layers((0,), 1, d, k, 1, iter, {})
+    assert source.matched_ratio(ratio) == expected
+
+
+def test_the_example_is_a_head_of_a_real_window(heads, finished):
+    problems = heads.layers.read_layer(finished / "layer.npz")
+    with np.load(finished / "whole" / "attention.npz") as file:
+        found = {name: file[name] for name in file.files}
+    masks = keep_masks(finished / "whole")
+    q, k = (masks[f"wanda-0.5-layer0-head0-{side}"] for side in ("wq", "wk"))
+    w = (problems.wq[0] * q) @ (problems.wk[0] * k).T
+    x = problems.x_heldout[0]
+    np.testing.assert_allclose(found["dense"], reference.attention(x, problems.w[0]), atol=1e-5)
+    np.testing.assert_allclose(found["wanda"], reference.attention(x, w), atol=1e-5)
+    assert (found["layer"], found["head"], found["ratio"]) == (0, 0, 0.5)
 
 
 def refuse(heads, capsys, tmp_path, *arguments):
@@ -227,7 +304,7 @@ def refuse(heads, capsys, tmp_path, *arguments):
         ({"wk": np.ones((D, 0, WIDTH))}, "shapes do not match"),
         ({"x": np.full((4, 8, D), np.nan)}, "x holds 256 non-finite"),
         ({"wq": np.full((D, 4, WIDTH), np.inf)}, "wq holds 128 non-finite"),
-        ({"x": np.array(["text"])}, "not an .npz"),
+        ({"x": np.array(["text"])}, "x does not hold real numbers"),
     ],
 )
 def test_arrays_that_cannot_work_are_one_line_that_names_them(
@@ -268,7 +345,8 @@ def test_a_file_that_is_not_an_npz_is_one_line(heads, capsys, tmp_path, kind):
     path = tmp_path / "layer.npz"
     path.write_bytes(damaged()[kind])
     message = refuse(heads, capsys, tmp_path, "--input", path)
-    assert f"--input {path}: not an .npz; expected x, wq, wk" in message
+    assert f"--input {path}: not a" in message
+    assert message.endswith("; expected x, wq, wk as in --help\n")
 
 
 def test_an_array_of_objects_is_not_unpickled(heads, capsys, tmp_path, layer):
@@ -279,7 +357,9 @@ def test_an_array_of_objects_is_not_unpickled(heads, capsys, tmp_path, layer):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "--input"),
+        (["--model", "zoo"], "--model or --input"),
+        (["--example", "0", "9"], "--example 0 9"),
+        (["--descent-steps", "0"], "--descent-steps"),
         (["--input", "nothing.npz"], "No such file"),
         (["--input", "."], "Is a directory"),
         (["--ratios", "1.5"], "--ratios 1.5"),
@@ -328,3 +408,18 @@ def test_on_real_attention_descent_beats_every_other_method(heads, shared, tmp_p
     )
     descent = errors.pop("descent")
     assert (descent < 0.7 * errors.min(axis=1)).all(), errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--model or --input"),
+        (["--model", "zoo", "--layers", "6"], "--layers 6: the model has blocks 0 to 5"),
+        (["--model", "zoo", "--example", "9", "0"], "--example 9 0"),
+        (["--model", "zoo", "--calibration", "nothing.txt"], "nothing.txt: no such file"),
+        (["--model", "zoo", "--heldout", "0"], "--heldout 0"),
+        (["--model", "no-such-folder"], "no-such-folder"),
+    ],
+)
+def test_wrong_models_and_texts_are_one_line(heads, capsys, tmp_path, arguments, named):
+    assert named in refuse(heads, capsys, tmp_path, *arguments)

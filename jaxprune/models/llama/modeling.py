@@ -225,10 +225,28 @@ def block(
     x = rms_norm(hidden, weights.attention_norm, config.rms_norm_eps)
     frequencies = jnp.asarray(inverse_frequencies(config))
     q, k, v = (
-        _split_heads(linear(x, w), config.head_dim) for w in (weights.wq, weights.wk, weights.wv)
+        split_heads(linear(x, w), config.head_dim) for w in (weights.wq, weights.wk, weights.wv)
     )
     q, k = rotary_embedding(q, frequencies), rotary_embedding(k, frequencies)
-    attended = attention_output(q, k, v)
+    return after_attention(weights, hidden, x, attention_output(q, k, v), config)
+
+
+def after_attention(
+    weights: BlockWeights,
+    hidden: Float[Array, "b n d"],
+    x: Float[Array, "b n d"],
+    attended: Float[Array, "b h n k"],
+    config: LlamaConfig,
+) -> tuple[Float[Array, "b n d"], LinearInputs]:
+    """The rest of ``block``, from what the heads of its attention give.
+
+    Args:
+      weights: of the block.
+      hidden: hidden states before the block.
+      x: their normalisation, what attention was computed from.
+      attended: output of the heads.
+      config: settings.
+    """
     output = attended.swapaxes(1, 2).reshape(*hidden.shape[:2], -1)
     hidden = hidden + linear(output, weights.wo)
     y = rms_norm(hidden, weights.mlp_norm, config.rms_norm_eps)
@@ -251,7 +269,8 @@ def linear(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b 
     return contract("...i,io->...o", x, w.astype(x.dtype)).astype(x.dtype)
 
 
-def _split_heads(x: Float[Array, "b n e"], head_dim: int) -> Float[Array, "b h n k"]:
+def split_heads(x: Float[Array, "b n e"], head_dim: int) -> Float[Array, "b h n k"]:
+    """Heads that lie one after the other on the last axis, on an axis of their own."""
     return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
 
 
