@@ -346,6 +346,7 @@ def draw(metrics: pd.DataFrame) -> plt.Figure:
     plotting.curves(axes, metrics, "ratio", "perplexity", methods)
     axes.axhline(dense, color="black", linewidth=0.8, label=f"dense, {dense:.2f}")
     axes.set_yscale("log")
+    axes.set_xticks(sorted(set(metrics["ratio"]) - {0.0}))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("fraction removed ρ, of every fused matrix or of W_Q and W_K")

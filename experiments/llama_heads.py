@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -85,6 +85,8 @@ class Config:
     """windows after those, for held-out errors; 16, or as the preset says"""
     layers: tuple[int, ...] = ()
     """layers of the model, counted from 0; all if left out"""
+    heads: int | None = None
+    """only the first heads of each layer; all if left out"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the model's weights and activations; pruning is float32"""
     input: Path | None = None
@@ -133,7 +135,7 @@ class Config:
                 raise InputError(f"--methods {method}: expected some of {', '.join(SHOWN)}")
         if not self.ratios or not self.methods:
             raise InputError("--ratios and --methods: expected at least one value")
-        for name in ("head_batch", "steps", "batch_size", "descent_steps"):
+        for name in ("heads", "head_batch", "steps", "batch_size", "descent_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected 1 or more")
@@ -163,6 +165,8 @@ class Config:
                 seed=self.seed,
                 dtype=self.dtype,
             )
+        if self.heads is not None:
+            found = replace(found, heads=min(self.heads, found.heads))
         layer, head = self.example_of(found)
         if layer not in found.indices or not 0 <= head < found.heads:
             raise InputError(

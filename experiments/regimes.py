@@ -253,7 +253,7 @@ TITLES = {
 def draw(metrics: pd.DataFrame) -> plt.Figure:
     """Rows: kinds of data. Columns: the three numbers; blue below one, red above."""
     table = ratios_of(metrics)
-    kinds = list(dict.fromkeys(table["data"]))
+    kinds = list(dict.fromkeys(metrics["data"]))
     figure, axes = plt.subplots(
         len(kinds),
         3,
@@ -261,15 +261,15 @@ def draw(metrics: pd.DataFrame) -> plt.Figure:
         squeeze=False,
         layout="constrained",
     )
-    for row, kind in zip(axes, kinds, strict=True):
-        for cell, measure in zip(row, TITLES, strict=True):
-            here = table[table["data"] == kind]
-            image = panel(cell, here, measure)
-            if cell is row[0]:
+    for i, kind in enumerate(kinds):
+        for j, measure in enumerate(TITLES):
+            cell = axes[i, j]
+            image = panel(cell, table[table["data"] == kind], measure)
+            if j == 0:
                 cell.set_ylabel(f"{kind}\ntokens per mask entry")
-            if row is axes[0]:
+            if i == 0:
                 cell.set_title(TITLES[measure], fontsize=8)
-            if row is axes[-1]:
+            if i == len(kinds) - 1:
                 cell.set_xlabel("standard deviation of the logits")
     bar = figure.colorbar(image, ax=axes, shrink=0.6, label="ratio of errors")
     bar.set_ticks([-5, -2.5, 0, 2.5, 5], labels=["1/32", "1/5.7", "1", "5.7", "32"])
