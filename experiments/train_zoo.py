@@ -29,6 +29,7 @@ from flax import nnx
 from tqdm import trange
 
 from jaxprune import cli, data, perplexity, runs
+from jaxprune.errors import InputError
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import write_new
 from jaxprune.models.llama.files import new_folder
@@ -76,6 +77,21 @@ class ZooConfig:
     """Folder of a finished run to repeat in a new --out, with its settings, and to compare with."""
 
     memory_flags: ClassVar[str] = "--batch or --seqlen"
+
+    def check(self) -> None:
+        """Raise ``InputError`` for values that cannot work, before anything is computed."""
+        least = {"steps": 1, "batch": 1, "seqlen": 2, "layers": 1, "save_every": 1, "warmup": 0}
+        least |= {"evaluation_characters": 1, "calibration_characters": 1, "seed": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} {getattr(self, name)}: expected {smallest} or more")
+        if self.warmup >= self.steps:
+            raise InputError(f"--warmup {self.warmup}: expected fewer than --steps {self.steps}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"--learning-rate {self.learning_rate}: expected a positive number")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise InputError(f"--weight-decay {self.weight_decay}: expected 0 or more")
 
 
 def documents() -> Iterator[tuple[str, str]]:
@@ -238,6 +254,7 @@ def ngram_perplexities(train_ids: np.ndarray, windows: np.ndarray, size: int) ->
 
 def build(config: ZooConfig) -> None:
     """Collect text, train tokenizer and model, write the model's folder."""
+    config.check()
     with runs.RunFolder(config.out, config, resume=config.resume) as run:
         texts = split_texts(config)
         with new_folder(run.path / "zoo") as folder:

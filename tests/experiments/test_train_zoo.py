@@ -78,3 +78,18 @@ def test_ngram_models_by_hand(zoo):
     first = (2 + strengths * unigram[1]) / (3 + strengths)
     second = (0 + strengths * unigram[2]) / (2 + strengths)
     np.testing.assert_allclose(found["bigram"], ((first * second) ** -0.5).min())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *((name, "0") for name in ("steps", "batch", "layers", "save-every", "learning-rate")),
+        *((name, "-1") for name in ("warmup", "seed", "weight-decay", "evaluation-characters")),
+        *(("seqlen", "1"), ("learning-rate", "nan"), ("warmup", "1500"), ("weight-decay", "inf")),
+    ],
+)
+def test_flags_that_cannot_work_are_named(script, tmp_path, capsys, flag, value):
+    argv = [f"--{flag}={value}", "--out", str(tmp_path / "run")]
+    assert script("train_zoo").main(argv) == 2
+    assert f"--{flag}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
