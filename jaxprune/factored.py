@@ -22,13 +22,13 @@ from jaxprune.descent import Descent, Trace, descend
 from jaxprune.errors import InputError
 from jaxprune.objective import softmax_error
 from jaxprune.presets import gradual_descent, split_sequences
+from jaxprune.ranking import Importance, column_sensitivity, importance
 from jaxprune.relaxations import cubic_sparsity, straight_through
+from jaxprune.sharding import AXES, over_mesh
 from jaxprune.sparsity import Sparsity
 
-# Sensitivity of columns: relative noise, draws, and the power it enters the ranking with.
-_NOISE = 0.1
-_DRAWS = 64
-_SENSITIVITY_POWER = 0.5
+# Weight of attention's output beside its matrices; see ``output_maps``.
+OUTPUT_WEIGHT = 2.0
 
 Projections = tuple[Array, Array]  # wq [d, heads·k] and wk [d, kv_heads·k]
 
@@ -46,6 +46,8 @@ class QueryKeySettings(NamedTuple):
       learning_rate: Adam's step, in units of the mean ``|w|`` of a matrix.
       mask_learning_rate: the same for mask scores, in units of their mean, without ``refit``.
       refit: kept weights adapt; else only the mask is learned and they keep their values.
+      output_weight: of the error of attention's output beside that of its matrices.
+      tightened: part of the steps after which the mask has its final size.
     """
 
     heads: int
@@ -57,6 +59,8 @@ class QueryKeySettings(NamedTuple):
     learning_rate: float = 0.15
     mask_learning_rate: float = 0.003
     refit: bool = True
+    output_weight: float = OUTPUT_WEIGHT
+    tightened: float = 0.4
 
 
 @jax.tree_util.register_dataclass
@@ -97,13 +101,17 @@ def prune_query_key(
     refit: bool = True,
     steps: int | None = None,
     x_dense: Float[Array, "b n d"] | None = None,
+    wv: Float[Array, "d g k"] | None = None,
+    wo: Float[Array, "h k d_out"] | None = None,
     key: Key[Array, ""] | None = None,
 ) -> PrunedQueryKey:
     """Prune ``W_Q`` and ``W_K`` of a layer so that its attention matrices are kept.
 
-    Minimises the mean over sequences of ``½ Σ_heads ‖softmax(q̃ k̃ᵀ) − softmax(q kᵀ)‖²`` with
-    ``q = rope(x W_Q)·scale`` and ``k = rope(x W_K)``, causal: kept weights adapt while a hard mask
-    tightens on a cubic schedule (``jaxprune.presets``). Every eighth sequence validates.
+    Minimises the mean over sequences of ``½ Σ_heads ‖C‖²``, ``C = softmax(q̃ k̃ᵀ) − softmax(q kᵀ)``,
+    with ``q = rope(x W_Q)·scale`` and ``k = rope(x W_K)``, causal: kept weights adapt while a hard
+    mask tightens on a cubic schedule (``jaxprune.presets``). Given ``wv`` and ``wo``, what ``C``
+    does to the output, ``½ Σ_heads ‖C x W_V W_O‖²``, counts too (``output_maps``). Every
+    eighth sequence validates.
 
     Args:
       x: inputs of the projections, ``b`` sequences.
@@ -117,6 +125,8 @@ def prune_query_key(
       steps: updates, 1200 if ``None``.
       x_dense: inputs that define the dense attention, where ``x`` comes from a pruned model; ``x``
         if ``None``.
+      wv: value projection of the layer, with ``wo``.
+      wo: output projection; of both or neither. They are not pruned.
       key: randomness of the batches; ``jax.random.key(0)`` if ``None``.
 
     Raises:
@@ -129,8 +139,9 @@ def prune_query_key(
         raise InputError(f"preset {preset!r}: expected descent")
     x0 = x if x_dense is None else x_dense
     _check_layer(x, x0, wq, wk, rope)
+    _check_output(wq, wk, wv, wo)
     sparsity.check_divides(wq.shape[0])
-    check_finite(x=x, wq=wq, wk=wk, x_dense=x_dense, rope=rope)
+    check_finite(x=x, wq=wq, wk=wk, x_dense=x_dense, rope=rope, wv=wv, wo=wo)
     settings = QueryKeySettings(
         heads=wq.shape[1],
         kv_heads=wk.shape[1],
@@ -144,7 +155,7 @@ def prune_query_key(
     if not isinstance(sparsity.ratio, jax.core.Tracer):
         prune = jax.jit(_prune, static_argnames="settings")
     key = jax.random.key(0) if key is None else key
-    return prune(x, x0, wq, wk, rope, key, settings=settings)
+    return prune(x, x0, wq, wk, rope, wv, wo, key, settings=settings)
 
 
 def _check_layer(x: Array, x0: Array, wq: Array, wk: Array, rope: Array | None) -> None:
@@ -163,19 +174,37 @@ def _check_layer(x: Array, x0: Array, wq: Array, wk: Array, rope: Array | None) 
         )
 
 
+def _check_output(wq: Array, wk: Array, wv: Array | None, wo: Array | None) -> None:
+    if (wv is None) != (wo is None):
+        raise InputError("wv and wo: expected both or neither")
+    if wv is None or wo is None:
+        return
+    if (
+        (wv.ndim, wo.ndim) != (3, 3)
+        or wv.shape[:2] != wk.shape[:2]
+        or wo.shape[:2] != (wq.shape[1], wv.shape[2])
+    ):
+        raise InputError(
+            f"wv {wv.shape} and wo {wo.shape} do not match wq {wq.shape} and wk {wk.shape}: "
+            "expected [d, kv_heads, k] and [heads, k, d]"
+        )
+
+
 def _prune(
     x: Array,
     x0: Array,
     wq: Array,
     wk: Array,
     rope: Array | None,
+    wv: Array | None,
+    wo: Array | None,
     key: Array,
     *,
     settings: QueryKeySettings,
 ) -> PrunedQueryKey:
     dense = (wq.reshape(wq.shape[0], -1), wk.reshape(wk.shape[0], -1))
     fit, validation = split_sequences({"x": x, "x0": x0})
-    context = query_key_context(dense, fit, rope, settings)
+    context = query_key_context(dense, fit, rope, settings, wv, wo)
     descent = query_key_descent(dense, fit, context, settings)
     found = descend(descent, dense, fit, key=key, validation=validation)
     error, energy = head_errors(x, found.weights, x0, dense, rope, settings)
@@ -225,24 +254,64 @@ class QueryKeyContext(NamedTuple):
 
     Attributes:
       rope: inverse frequencies, or ``None``.
-      importance: factors of ``|w|`` in the ranking, one array for each projection.
+      outputs: of ``output_maps``, ``None`` where the output does not count.
+      importance: factors of ``|w|`` in the ranking, for each projection.
     """
 
     rope: Float[Array, " f"] | None
-    importance: tuple[Float[Array, "d hk"], Float[Array, "d gk"]]
+    outputs: Float[Array, "d h v"] | None
+    importance: tuple[Importance, Importance]
+
+
+def output_maps(
+    x: Float[Array, "b n d"],
+    wv: Float[Array, "d g k"],
+    wo: Float[Array, "h k d_out"],
+    weight: float,
+) -> Float[Array, "d h v"]:
+    """Maps from inputs to values whose errors are those of attention's output, head by head.
+
+    With ``W_O,h = L_h Q_h``, ``Q_h`` of orthonormal rows, ``‖C x W_V W_O,h‖ = ‖C x W_V L_h‖``: a
+    head's output is compared at the width of a head. Scaled so that with ``weight`` 1 the outputs
+    of two random tokens differ as much as two attention rows that each see one of them, on average
+    over heads: then the objective does not depend on the scale of ``W_V`` and ``W_O``.
+
+    Args:
+      x: inputs of the value projection.
+      wv: value projection.
+      wo: output projection; ``h/g`` consecutive query heads share values.
+      weight: of the output's error beside the matrices'; zero leaves it out.
+    """
+    heads, shared = wo.shape[0], wo.shape[0] // wv.shape[1]
+    # W_Oᵀ = Q R, so W_O = Rᵀ Qᵀ.
+    triangles = jax.vmap(lambda w: jnp.linalg.qr(w.T, mode="r").T)(wo)
+    maps = contract("dhk,hkv->dhv", jnp.repeat(wv, shared, axis=1), triangles)
+    centred = x - jnp.mean(x, axis=(0, 1))
+    covariance = contract("bnd,bne->de", centred, centred) / (x.shape[0] * x.shape[1])
+    variance = contract("dhv,de,ehv->", maps, covariance, maps) / heads
+    return maps * jnp.sqrt(weight / jnp.where(variance > 0, variance, 1)).astype(maps.dtype)
 
 
 def _sample_errors(
     dense: Projections,
     rope: Array | None,
+    outputs: Array | None,
     settings: QueryKeySettings,
     weights: Projections,
     batch: PyTree,
 ) -> Float[Array, " b"]:
-    """Half the squared error of all heads' attention matrices, for every sequence."""
+    """Objective of every sequence, summed over heads."""
     q, k = queries_and_keys(batch["x"], weights, rope, settings)
     q0, k0 = queries_and_keys(batch["x0"], dense, rope, settings)
-    return softmax_error(q, k, q0, k0).sum(axis=(-1, -2))
+    values = None
+    if outputs is not None:
+        grouped = outputs.reshape(outputs.shape[0], *q.shape[1:3], -1)
+        values = contract("bnd,dgrv->bgrnv", batch["x0"], grouped).astype(q.dtype)
+
+    def errors(q: Array, k: Array, q0: Array, k0: Array, values: Array | None) -> Array:
+        return softmax_error(q, k, q0, k0, values=values)
+
+    return over_mesh(errors, *AXES)(q, k, q0, k0, values).sum(axis=(-1, -2))
 
 
 @partial(jax.jit, static_argnames="settings")
@@ -251,51 +320,35 @@ def query_key_context(
     fit: PyTree,
     rope: Float[Array, " f"] | None,
     settings: QueryKeySettings,
+    wv: Float[Array, "d g k"] | None = None,
+    wo: Float[Array, "h k d_out"] | None = None,
 ) -> QueryKeyContext:
-    """The ranking of weights across the columns of both projections.
+    """What the descent of a layer needs to know: see ``QueryKeyContext``.
 
-    Within an output column ``c`` weights compete by Wanda's ``|w_ic| ‖x_i‖``; between columns by
-    ``p_ic √S_c``, where ``p_ic`` is the weight's share of its column's ``Σ_i (w_ic ‖x_i‖)²``, and
-    ``S_c`` the attention error that multiplicative noise in the column causes. With
-    ``δ = ε r∘w``, ``r`` random signs, ``S_c = Σ_i E[δ_ic ∂L/∂w_ic (w + δ)] / ε²``, the
-    Gauss–Newton diagonal against ``w²``: a Hutchinson estimate with the kernel's own gradient,
-    so that it needs no more memory than a step. Columns of rotary frequencies or heads that
-    attention hardly feels are pruned harder. The square root is empirical: between shares alone
-    and shares times ``S_c``, it left the least held-out error.
+    Args:
+      dense: projections that define the attention.
+      fit: ``x`` and ``x0``, inputs of the pruned and the dense projections.
+      rope: inverse frequencies, or ``None``.
+      settings: static choices.
+      wv: value projection; with ``wo``, the output counts too.
+      wo: output projection.
     """
-
-    def objective(weights: Projections, batch: PyTree) -> Float[Array, ""]:
-        return jnp.mean(_sample_errors(dense, rope, settings, weights, batch))
-
-    count = fit["x"].shape[0]
-    key = jax.random.key(0)
-
-    def draw(total: PyTree, i: Array) -> tuple[PyTree, None]:
-        chosen = (i * settings.batch_size + jnp.arange(settings.batch_size)) % count
-        batch = jax.tree.map(lambda a: a[chosen], fit)
-        keys = jax.random.split(jax.random.fold_in(key, i))
-        noise = tuple(
-            _NOISE * w * jax.random.rademacher(k, w.shape, w.dtype)
-            for w, k in zip(dense, keys, strict=True)
-        )
-        gradient = jax.grad(objective)(jax.tree.map(jnp.add, dense, noise), batch)
-        return jax.tree.map(
-            lambda t, d, g: t + jnp.sum(d * g, axis=0), total, noise, gradient
-        ), None
-
-    zeros = tuple(jnp.zeros(w.shape[1], w.dtype) for w in dense)
-    total, _ = jax.lax.scan(draw, zeros, jnp.arange(_DRAWS))
-    norms = feature_norms(fit["x"])[:, None]
-
-    def factor(w: Array, sensitivity: Array) -> Array:
-        energy = jnp.sum((w * norms) ** 2, axis=0)
-        # An estimate may come out negative where the truth is small.
-        floor = 1e-3 * jnp.mean(jnp.abs(sensitivity)) + jnp.finfo(w.dtype).tiny
-        column = jnp.maximum(sensitivity, floor) ** (0.5 * _SENSITIVITY_POWER)
-        return norms * column / jnp.sqrt(jnp.where(energy > 0, energy, 1))
-
-    importance = (factor(dense[0], total[0]), factor(dense[1], total[1]))
-    return QueryKeyContext(rope, importance)
+    outputs = None
+    if wv is not None and wo is not None and settings.output_weight:
+        outputs = output_maps(fit["x0"], wv, wo, settings.output_weight)
+    sample_errors = partial(_sample_errors, dense, rope, outputs, settings)
+    felt = column_sensitivity(
+        lambda weights, batch: jnp.mean(sample_errors(weights, batch)),
+        dense,
+        fit,
+        batch_size=settings.batch_size,
+    )
+    norms = feature_norms(fit["x"])
+    return QueryKeyContext(
+        rope,
+        outputs,
+        (importance(dense[0], norms, felt[0]), importance(dense[1], norms, felt[1])),
+    )
 
 
 def query_key_descent(
@@ -310,13 +363,13 @@ def query_key_descent(
       settings: static choices.
     """
     del fit
-    sample_errors = partial(_sample_errors, dense, context.rope, settings)
+    sample_errors = partial(_sample_errors, dense, context.rope, context.outputs, settings)
 
     def objective(weights: Projections, batch: PyTree) -> Float[Array, ""]:
         return jnp.mean(sample_errors(weights, batch))
 
     def rank(weights: Projections) -> PyTree:
-        return jax.tree.map(lambda w, i: jnp.abs(w) * i, weights, context.importance)
+        return tuple(i.score(w) for w, i in zip(weights, context.importance, strict=True))
 
     steps = settings.steps
     if settings.refit:
@@ -330,6 +383,7 @@ def query_key_descent(
             learning_rate=settings.learning_rate,
             pull=0.0,
             batch_size=settings.batch_size,
+            tightened=settings.tightened,
             sample_errors=sample_errors,
         )
     decay = optax.cosine_decay_schedule(settings.mask_learning_rate, max(steps, 1))
@@ -371,7 +425,8 @@ def head_errors(
     def one(sequence: tuple[Array, Array]) -> tuple[Array, Array]:
         x, x0 = sequence
         found = queries_and_keys(x, weights, rope, settings)
-        errors = row_errors(*found, *queries_and_keys(x0, dense, rope, settings))
+        target = queries_and_keys(x0, dense, rope, settings)
+        errors = over_mesh(row_errors, "heads")(*found, *target)
         return tuple(a.sum(axis=-1).reshape(-1) for a in errors)
 
     error, energy = jax.lax.map(one, (x, x0))

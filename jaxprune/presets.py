@@ -31,6 +31,7 @@ def gradual_descent(
     learning_rate: ArrayLike,
     pull: ArrayLike,
     batch_size: int,
+    tightened: float = 0.6,
     **options: Any,
 ) -> Descent:
     """A descent on the kept weights under a mask that tightens, ready to run.
@@ -49,6 +50,7 @@ def gradual_descent(
       learning_rate: of Adam, in units of the mean ``|w|``.
       pull: weight of the mean squared distance to the dense weights in these units.
       batch_size: sequences of a step.
+      tightened: part of the steps after which the mask has its final size.
       **options: further fields of ``Descent``.
     """
     scales = jax.tree.map(lambda w: jnp.mean(jnp.abs(w)), weights)
@@ -67,7 +69,12 @@ def gradual_descent(
     )
     return Descent(
         objective=objective,
-        relaxation=gradual(sparsity, rank, schedule=cubic_sparsity(max(steps, 1)), group=group),
+        relaxation=gradual(
+            sparsity,
+            rank,
+            schedule=cubic_sparsity(max(steps, 1), until=tightened),
+            group=group,
+        ),
         optimizer=optimizer,
         sparsity=sparsity,
         steps=steps,

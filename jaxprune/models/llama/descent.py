@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
@@ -12,6 +14,7 @@ from jaxprune.descent import Descent
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import BlockWeights, block
 from jaxprune.presets import gradual_descent
+from jaxprune.ranking import Importance, column_sensitivity, importance
 from jaxprune.relaxations import Weights
 from jaxprune.sparsity import Sparsity
 
@@ -31,11 +34,50 @@ class BlockContext(NamedTuple):
 
     Attributes:
       weights: dense weights of the block, for its norms.
-      input_norms: Wanda's norms of the inputs of every linear map, by name.
+      importance: factors of ``|w|`` in the ranking, by name.
     """
 
     weights: BlockWeights
-    input_norms: dict[str, Float[Array, " d_in"]]
+    importance: dict[str, Importance]
+
+
+def _sample_errors(
+    weights: BlockWeights, config: LlamaConfig, pruned: Weights, batch: PyTree
+) -> Float[Array, " b"]:
+    """Half the squared error of the block's output, for every sequence."""
+    hidden = block(weights._replace(**pruned), batch["hidden"], config)[0]
+    wide = accumulation_dtype(hidden)
+    difference = hidden.astype(wide) - batch["target"].astype(wide)
+    return 0.5 * jnp.sum(difference**2, axis=(1, 2))
+
+
+@partial(jax.jit, static_argnames="settings")
+def block_context(
+    dense: Weights,
+    fit: PyTree,
+    weights: BlockWeights,
+    input_norms: dict[str, Float[Array, " d_in"]],
+    settings: BlockSettings,
+) -> BlockContext:
+    """What the descent of a block needs to know: see ``BlockContext``.
+
+    Args:
+      dense: linear maps to prune, by the names of ``BlockWeights``.
+      fit: ``hidden`` and ``target``, see ``block_descent``.
+      weights: of the dense block.
+      input_norms: Wanda's norms of the inputs of every linear map, by name.
+      settings: static choices.
+    """
+    sample_errors = partial(_sample_errors, weights, settings.config)
+    felt = column_sensitivity(
+        lambda pruned, batch: jnp.mean(sample_errors(pruned, batch)),
+        dense,
+        fit,
+        batch_size=settings.batch_size,
+    )
+    return BlockContext(
+        weights, {name: importance(w, input_norms[name], felt[name]) for name, w in dense.items()}
+    )
 
 
 def block_descent(
@@ -46,31 +88,24 @@ def block_descent(
     Args:
       dense: linear maps to prune, by the names of ``BlockWeights``.
       fit: ``hidden``, what the pruned block sees, and ``target``, what it should give.
-      context: norms of the block and of its inputs.
+      context: of ``block_context``.
       settings: static choices.
     """
     del fit
-
-    def sample_errors(weights: Weights, batch: PyTree) -> Float[Array, " b"]:
-        hidden = block(context.weights._replace(**weights), batch["hidden"], settings.config)[0]
-        wide = accumulation_dtype(hidden)
-        difference = hidden.astype(wide) - batch["target"].astype(wide)
-        return 0.5 * jnp.sum(difference**2, axis=(1, 2))
+    sample_errors = partial(_sample_errors, context.weights, settings.config)
 
     def objective(weights: Weights, batch: PyTree) -> Float[Array, ""]:
         return jnp.mean(sample_errors(weights, batch))
 
     def rank(weights: Weights) -> PyTree:
-        return {
-            name: jnp.abs(w) * context.input_norms[name][:, None] for name, w in weights.items()
-        }
+        return {name: context.importance[name].score(w) for name, w in weights.items()}
 
     return gradual_descent(
         objective,
         dense,
         settings.sparsity,
         rank=rank,
-        group="output",
+        group="matrix",
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         pull=0.0,
