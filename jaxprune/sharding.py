@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,7 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     Raises:
       InputError: some of the three, but not what is needed.
     """
+    _give_virtual_devices_threads()
     if coordinator is None:
         if processes is not None or process is not None:
             raise InputError("--processes and --process need --coordinator HOST:PORT")
@@ -52,6 +54,20 @@ def connect(coordinator: str | None, processes: int | None, process: int | None)
     if processes is None or process is None or not 0 <= process < processes:
         raise InputError("--coordinator HOST:PORT needs --processes N and --process 0 ... N-1")
     jax.distributed.initialize(coordinator, processes, process)
+
+
+def _give_virtual_devices_threads() -> None:
+    """Enough threads for the devices that a CPU is made to look like.
+
+    XLA runs the programs of all of them on one pool of a thread for each core or device. Where
+    all its threads wait for the other device in a collective, nothing goes on; the size of the
+    pool is read from ``NPROC``.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    asked = re.search(r"xla_force_host_platform_device_count=(\d+)", flags)
+    devices = int(asked[1]) if asked else 1
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 4 * devices)))
 
 
 def use_mesh(shape: str | None, heads: int) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,178 @@
+"""Meshes and processes: the same numbers, each device its part, one writer."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import sharding
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def run(code_or_file, *flags, devices=1):
+    """A Python process of its own with so many CPU devices."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": "",
+    }
+    return subprocess.Popen(
+        [sys.executable, *code_or_file, *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+
+
+def output(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+EIGHT = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from jaxprune import factored
+from jaxprune.pipeline import _advance, _movable, _start
+from jaxprune.sharding import split_windows, use_mesh, whole
+from jaxprune.sparsity import Sparsity
+
+d, heads, groups, k, n, b = 32, 16, 8, 4, 12, 16
+keys = jax.random.split(jax.random.key(0), 3)
+x = np.asarray(jax.random.normal(keys[0], (b, n, d)) * jnp.arange(1, d + 1.0) ** -0.5)
+wq = np.asarray(jax.random.normal(keys[1], (d, heads * k)))
+wk = np.asarray(jax.random.normal(keys[2], (d, groups * k)))
+settings = factored.QueryKeySettings(heads, groups, k**-0.5, Sparsity(0.5), steps=50)
+rope = 10000.0 ** -np.linspace(0, 1, k // 2, dtype=np.float32)
+
+
+def local_part(leaf):
+    return leaf.addressable_shards[0].data.size / leaf.size
+
+
+def everything():
+    weights = _movable((jnp.asarray(wq), jnp.asarray(wk)))
+    data = {name: split_windows(jnp.asarray(x)) for name in ("x", "x0")}
+    context = factored.query_key_context(weights, data, rope, settings)
+    descent = factored.query_key_descent(weights, data, context, settings)
+    half = jax.tree.map(lambda w: 0.5 * w, weights)
+    value, gradient = jax.jit(jax.value_and_grad(descent.objective))(half, data)
+    errors = factored.head_errors(x, half, x, weights, rope, settings)
+    make = factored.query_key_descent
+    state = _start(make, settings, weights, data, data, context)
+    parts = [[local_part(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim == 2]]
+    state, _ = _advance(
+        make, settings, state, weights, data, data, context, jax.random.key(0)
+    )
+    parts.append([local_part(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim == 2])
+    numbers = [whole(a) for a in (value, *gradient, *errors)]
+    kept = [int(whole(mask).sum()) for mask in state.best.keep_masks]
+    return numbers, parts, kept, float(state.best.error)
+
+
+one = everything()
+report = {"one": one[1:], "many": {}, "difference": {}}
+for shape in ("1x8", "8x1", "2x4"):
+    with use_mesh(shape, groups):
+        many = everything()
+    report["many"][shape] = many[1:]
+    report["difference"][shape] = max(
+        float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(one[0], many[0])
+    )
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads(output(run(("-c", EIGHT), devices=8)).splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_value_and_gradient_do_not_depend_on_the_devices(report):
+    for shape, difference in report["difference"].items():
+        assert difference < 1e-5, shape
+
+
+@pytest.mark.slow
+def test_each_device_holds_its_part_of_masks_and_optimiser_state(report):
+    for shape, part in (("1x8", 1 / 8), ("2x4", 1 / 4), ("8x1", 1.0)):
+        for moment in report["many"][shape][0]:
+            # Variables, two moments of Adam, best weights and best masks, of two matrices each.
+            assert moment == [part] * 10, shape
+
+
+@pytest.mark.slow
+def test_counts_over_a_split_matrix_are_exact(report):
+    for _, kept, _ in report["many"].values():
+        assert kept == [32 * 64 // 2, 32 * 32 // 2]
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_of_two_devices_writes(tmp_path):
+    short = ["--windows", "8", "--seqlen", "16", "--heldout", "2", "--steps", "50"]
+    script = ("experiments/prune.py", "--model", "zoo", *short)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    both = [
+        run(
+            script,
+            *("--out", str(tmp_path / "two"), "--coordinator", address),
+            *("--processes", "2", "--process", str(i)),
+        )
+        for i in range(2)
+    ]
+    outputs = [output(process) for process in both]
+    output(run(script, "--out", str(tmp_path / "one"), devices=2))
+    for name in ("model.safetensors", "metrics.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    masks = [np.load(tmp_path / name / "keep_masks.npz") for name in ("one", "two")]
+    assert all((masks[0][name] == masks[1][name]).all() for name in masks[0].files)
+    assert "relative attention error" in outputs[0]
+    assert "relative attention error" not in outputs[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_without_a_mesh_nothing_changes():
+    with sharding.use_mesh(None, 2):
+        tree = {"a": jnp.ones((4, 4)), "b": jnp.ones(3)}
+        assert sharding.split_columns(tree) is tree
+        assert sharding.over_mesh(jnp.sin, *sharding.AXES)(tree["a"]).shape == (4, 4)
+    assert sharding.is_writer()
+    assert sharding.agreed(True)
+    assert not sharding.agreed(False)
+
+
+@pytest.mark.parametrize("shape", ["2x4", "1", "0x1", "x", "-1x-1"])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"--mesh {shape}")):
+        sharding.use_mesh(shape, 8)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "processes", "process"),
+    [(None, 2, 0), (None, None, 1), ("a:1", None, None), ("a:1", 2, None), ("a:1", 2, 2)],
+)
+def test_incomplete_descriptions_of_processes_are_refused(coordinator, processes, process):
+    with pytest.raises(ValueError, match="--process"):
+        sharding.connect(coordinator, processes, process)
+
+
+def test_an_error_of_the_writer_is_the_error():
+    def fail():
+        raise sharding.InputError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        sharding.by_writer(fail)
