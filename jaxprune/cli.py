@@ -124,8 +124,10 @@ def compare(original: Path, out: Path) -> int:
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether the device or the host had no memory left."""
+    # Computations queued on a CPU report it as INTERNAL, with the reason in words.
     return isinstance(error, MemoryError) or (
-        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+        isinstance(error, jax.errors.JaxRuntimeError)
+        and any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory"))
     )
 
 
