@@ -97,6 +97,7 @@ def test_the_typical_weight_is_the_mean_square_over_all_angles(head):
     )
 
 
+@pytest.mark.slow
 def test_with_frequencies_zero_algorithm_1_is_that_without_positions(x, head):
     still = head._replace(rope=jnp.zeros(3))
     w = head.wq @ head.wk.T
@@ -117,6 +118,7 @@ def test_with_frequencies_zero_algorithm_1_is_that_without_positions(x, head):
         assert (mask == expected).all()
 
 
+@pytest.mark.slow
 def test_of_several_penalties_the_one_with_the_least_error_is_taken(x, head):
     options = {"steps": 30, "batch_size": 2, "judged": 2}
     pairs = jnp.array([0.1, 10.0]), jnp.array([0.03, 0.1])
@@ -138,13 +140,14 @@ def test_of_several_penalties_the_one_with_the_least_error_is_taken(x, head):
     np.testing.assert_allclose(found, min(errors), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_descent_is_exact_in_its_counts_and_better_than_where_it_starts(key):
     """Frequencies zero and correlated features, where kept weights can take over."""
     keys = jax.random.split(key, 4)
-    colour = jnp.arange(1, 13.0)[:, None] ** -1.0
+    colour = 2 * jnp.arange(1, 13.0)[:, None] ** -2
     colour = colour * jnp.linalg.qr(jax.random.normal(keys[3], (12, 12)))[0].T
     x, fresh = (jax.random.normal(k, (16, 24, 12)) @ colour for k in keys[:2])
-    wq, wk = 0.5 * jax.random.normal(keys[2], (2, 12, 6))
+    wq, wk = 0.3 * jax.random.normal(keys[2], (2, 12, 6))
     head = RotaryHead(wq, wk, jnp.zeros(3))
     prune = jax.jit(rotary_descent, static_argnames=("sparsity", "steps", "batch_size"))
     start, _ = prune(x, head, Sparsity(0.5), steps=0, batch_size=4)
