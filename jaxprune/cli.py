@@ -164,8 +164,7 @@ def run_script(
         if not _out_of_memory(error):
             raise
         flags = getattr(config_type, "memory_flags", "")
-        lower = f"; lower {flags}" if flags else ""
-        return _failed(prog, f"out of memory{lower}{_continues(config_type)}")
+        return _failed(prog, "out of memory" + (f"; lower {flags}" if flags else ""))
     except KeyboardInterrupt:
         print(f"{prog}: interrupted{_continues(config_type)}", file=sys.stderr)
         return 130

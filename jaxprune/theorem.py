@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from jaxprune.descent import StepView, Trace
 from jaxprune.errors import InputError
@@ -50,21 +49,39 @@ def per_step(view: StepView) -> StepRecord:
     It looks at the update, not at the optimiser: whatever moves along the gradient is gradient
     descent, with whatever step size it used.
     """
-    gradient = optax.tree.norm(view.gradient, squared=True)
-    length = optax.tree.norm(view.updates, squared=True)
-    inner = optax.tree.vdot(view.updates, view.gradient)
-    norms = jnp.sqrt(gradient) * jnp.sqrt(length)  # the product of the squares may underflow
     change = jax.tree.map(jnp.subtract, view.variable, view.projected)
-    leaves = zip(jax.tree.leaves(view.moved), jax.tree.leaves(view.projected), strict=True)
-    touched = [jnp.sum(a != b) for a, b in leaves]
+    touched = jax.tree.map(lambda a, b: (a != b).astype(a.dtype), view.moved, view.projected)
+    gradient, length, inner, squared_step, count = _inner_products(
+        (view.gradient, view.gradient),
+        (view.updates, view.updates),
+        (view.updates, view.gradient),
+        (change, change),
+        (touched, touched),
+    )
+    norms = jnp.sqrt(gradient) * jnp.sqrt(length)  # the product of the squares may underflow
     size = sum(leaf.size for leaf in jax.tree.leaves(view.moved))
     return StepRecord(
         step_size=jnp.where(gradient > 0, -inner / jnp.where(gradient > 0, gradient, 1), 0),
-        squared_step_norm=optax.tree.norm(change, squared=True),
+        squared_step_norm=squared_step,
         misalignment=jnp.where(norms > 0, 1 - (inner / jnp.where(norms > 0, norms, 1)) ** 2, 0),
-        projected=sum(touched, jnp.zeros((), int)) / jnp.asarray(size, gradient.dtype),
+        projected=count / size,
         same_objective=view.same_objective,
     )
+
+
+def _inner_products(*pairs: tuple[PyTree, PyTree]) -> Float[Array, " pairs"]:
+    """Inner products of pairs of trees.
+
+    Columns are summed first and the sums of all pairs then together: a CPU sums one entry after
+    the other where a whole array becomes a number, and columns side by side.
+    """
+
+    def column_sums(a: Array, b: Array) -> Array:
+        product = jnp.atleast_1d(a * b)
+        return product.reshape(-1, product.shape[-1]).sum(axis=0)
+
+    columns = (jax.tree.leaves(jax.tree.map(column_sums, a, b)) for a, b in pairs)
+    return jnp.stack([jnp.concatenate(sums) for sums in columns]).sum(axis=-1)
 
 
 class StepSeries(NamedTuple):
