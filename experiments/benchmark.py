@@ -1,0 +1,518 @@
+"""Speed and memory, each against what it could be: one table.
+
+  kernel      value and gradient of softmax_error against the time of its dense matrix products at
+              the rate measured beside it, and against PyTorch autograd, all heads at once and one
+              by one
+  loss        the paper's loss with n = d, against its dense matrix products
+  algorithm1  300 steps on 32 heads, on one device and split over all, against the same in PyTorch
+  sweep       a row of Figure 2, every λ and step size of it, against a PyTorch loop
+  baselines   Wanda and SparseGPT against their PyTorch forms
+  growth      the kernel's time as n, d, heads and samples grow, with fitted exponents
+  memory      temporary memory of the compiled kernel, in n x n arrays
+  llama       W_Q and W_K of a layer of Llama-3.2-1B's shape, 8 x 2048 tokens, times 16 layers
+
+Contenders run in turn, again and again, so that a slow spell of the machine hits all of them;
+ratios are taken within a turn. PyTorch is optional; without it those rows are missing, which is
+said.
+
+Example:
+  python experiments/benchmark.py --quick --out runs/benchmark
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch_forms
+from tqdm import tqdm
+
+from jaxprune import baselines, plotting, softmax_error
+from jaxprune.attention import contract
+from jaxprune.cli import Flag, run_script
+from jaxprune.errors import InputError
+from jaxprune.factored import (
+    QueryKeySettings,
+    query_key_context,
+    query_key_descent,
+)
+from jaxprune.fused import DECAYS, algorithm1
+from jaxprune.objective import fused_error
+from jaxprune.runs import RunFolder, read_metrics, replacing
+from jaxprune.sharding import connect, over_mesh, use_mesh
+from jaxprune.sparsity import Sparsity
+
+KERNEL_SHAPES = (  # n, d, heads
+    (128, 64, 1),
+    (128, 64, 32),
+    (512, 64, 16),
+    (1024, 64, 16),
+    (1024, 1024, 1),
+    (2048, 64, 32),
+    (2048, 128, 64),
+    (4096, 128, 8),
+)
+QUICK_SHAPES = ((128, 64, 8), (512, 64, 2))
+GROWTH = {
+    "n": [(n, 64, 1) for n in (512, 1024, 2048, 4096, 8192)],
+    "d": [(1024, d, 1) for d in (64, 128, 256, 512, 1024)],
+    "heads": [(512, 64, h) for h in (1, 4, 16, 64)],
+}
+RATE = 1024  # side of the product whose rate is "the rate measured"
+PARTS = ("kernel", "loss", "algorithm1", "sweep", "baselines", "growth", "memory", "llama")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Speed and memory, each against what it could be.
+
+    Example: python experiments/benchmark.py --quick --out runs/benchmark
+    """
+
+    parts: tuple[str, ...] = PARTS[:-1]
+    """kernel, loss, algorithm1, sweep, baselines, growth, memory, llama (hours on a CPU)"""
+    repeats: int = 15
+    """turns of every comparison"""
+    seconds: float = 20.0
+    """a comparison ends after so long even if turns are missing, but not before three"""
+    quick: Flag = False
+    """small shapes and few turns"""
+    layers: int = 16
+    """of the llama part; time is that of those run, and their mean times 16"""
+    steps: int = 300
+    """of the descents in algorithm1, sweep and llama"""
+    out: Path = Path("runs/benchmark")
+    """folder of the run"""
+    resume: Flag = False
+    """go on with the run in --out"""
+    redraw: Flag = False
+    """only draw the table and figure again from the metrics in --out"""
+
+    def check(self) -> None:
+        """Raise ``InputError`` for values that cannot work."""
+        for part in self.parts:
+            if part not in PARTS:
+                raise InputError(f"--parts {part}: expected some of {', '.join(PARTS)}")
+        if min(self.repeats, self.layers, self.steps) < 1 or not self.seconds > 0:
+            raise InputError("--repeats, --layers, --steps, --seconds: expected more than 0")
+
+
+class Contender(NamedTuple):
+    """Something to time: a call that returns when done, and how long its compilation took."""
+
+    call: Callable[[], Any]
+    compile_seconds: float | None = None
+
+
+def compiled(function: Callable[..., Any], *arguments: Any) -> Contender:
+    """A JAX function with its arguments, compiled."""
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    return Contender(lambda: jax.block_until_ready(program(*arguments)), seconds)
+
+
+def in_torch(function: Callable[..., Any], *arrays: Any) -> Contender:
+    """A PyTorch function of tensors made from arrays, on the kind of device JAX uses."""
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    tensors = torch_forms.tensors(arrays, device)
+
+    def call() -> None:
+        function(*tensors)
+        torch_forms.wait(device)
+
+    return Contender(call)
+
+
+def turns(contenders: dict[str, Contender], config: Config) -> dict[str, list[float]]:
+    """Seconds of every contender in every turn, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for contender in contenders.values():
+        contender.call()
+    end = time.perf_counter() + config.seconds
+    for turn in range(3 if config.quick else config.repeats):
+        if turn >= 3 and time.perf_counter() > end:
+            break
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            contender.call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def rows_of(
+    point: dict[str, Any],
+    contenders: dict[str, Contender],
+    seconds: dict[str, list[float]],
+    ours: str,
+    floors: dict[str, list[float]] | None = None,
+) -> list[dict[str, Any]]:
+    """A row for every contender and floor: its time, and ours over it, median and quartiles."""
+    rows = []
+    for name, values in (seconds | (floors or {})).items():
+        ratio = np.asarray(seconds[ours]) / np.asarray(values)
+        contender = contenders.get(name)
+        rows.append(
+            {
+                **point,
+                "contender": name,
+                "seconds": np.median(values),
+                "ours_over_it": np.median(ratio),
+                "low": np.quantile(ratio, 0.25),
+                "high": np.quantile(ratio, 0.75),
+                "turns": len(values),
+                "compile_seconds": None if contender is None else contender.compile_seconds,
+            }
+        )
+    return rows
+
+
+@functools.cache
+def square(side: int) -> Contender:
+    """The matrix product whose rate is the machine's."""
+    a = jax.random.normal(jax.random.key(0), (side, side))
+    return compiled(lambda a: contract("ij,jk->ik", a, a), a)
+
+
+def at_rate(operations: float, product_seconds: list[float]) -> list[float]:
+    """Seconds of matrix products of so many operations at the rate measured in every turn."""
+    return [operations / (2 * RATE**3) * seconds for seconds in product_seconds]
+
+
+def attention_inputs(n: int, d: int, heads: int) -> list[jax.Array]:
+    """Queries and keys whose logits have standard deviation one, of both attention matrices."""
+    keys = jax.random.split(jax.random.key(n), 4)
+    return [jax.random.normal(key, (heads, n, d)) * d**-0.25 for key in keys]
+
+
+def kernel(*arrays: jax.Array) -> Any:
+    """Value and gradient in queries and keys."""
+    return jax.value_and_grad(lambda *a: softmax_error(*a).sum(), (0, 1))(*arrays)
+
+
+def torch_fits(heads: int, n: int) -> bool:
+    """Whether about eight arrays [heads, n, n] fit in half of the free memory."""
+    if jax.default_backend() != "cpu":
+        return True
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8 * 4 * heads * n**2 < free / 2
+
+
+def kernel_part(config: Config) -> list[dict[str, Any]]:
+    """The kernel against its products and PyTorch, shape by shape."""
+    rows = []
+    for n, d, heads in tqdm(QUICK_SHAPES if config.quick else KERNEL_SHAPES, desc="kernel"):
+        arrays = attention_inputs(n, d, heads)
+        contenders = {"kernel": compiled(kernel, *arrays), "product": square(RATE)}
+        if torch_forms.available():
+            one = torch_forms.softmax_error_gradients
+            contenders["torch per head"] = in_torch(partial(torch_forms.per_head, one), *arrays)
+            if torch_fits(heads, n):
+                contenders["torch batched"] = in_torch(one, *arrays)
+            else:
+                print(f"n {n}, heads {heads}: PyTorch with all heads at once needs too much memory")
+        seconds = turns(contenders, config)
+        product = seconds.pop("product")
+        floors = {
+            f"{count} products": at_rate(count * 2 * n**2 * d * heads, product) for count in (3, 4)
+        }
+        point = {"part": "kernel", "n": n, "d": d, "heads": heads}
+        rows += rows_of(point, contenders, seconds, "kernel", floors)
+    return rows
+
+
+def loss_part(config: Config) -> list[dict[str, Any]]:
+    """The fused loss and its gradient in the mask: 4 products, 5 with the target's logits."""
+    n = d = 256 if config.quick else 1024
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = jax.random.normal(keys[0], (n, d)), jax.random.normal(keys[1], (d, d)) / d
+    queries0 = x @ w
+
+    def loss(mask: jax.Array, x: jax.Array, w: jax.Array, queries0: jax.Array) -> jax.Array:
+        return fused_error(mask * w, x, queries0) + 0.05 * jnp.sum(mask**2)
+
+    mask = jnp.full((d, d), 0.9)
+    contenders = {
+        "loss": compiled(jax.value_and_grad(loss), mask, x, w, queries0),
+        "product": square(RATE),
+    }
+    seconds = turns(contenders, config)
+    product = seconds.pop("product")
+    floors = {f"{count} products": at_rate(count * 2 * n * n * d, product) for count in (4, 5)}
+    return rows_of({"part": "loss", "n": n, "d": d}, contenders, seconds, "loss", floors)
+
+
+def algorithm1_part(config: Config) -> list[dict[str, Any]]:
+    """Algorithm 1 on many heads, on one device and split over all of them."""
+    heads, n, d = (4, 64, 32) if config.quick else (32, 128, 64)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (heads, 1, n, d))
+    w = jax.random.normal(keys[1], (heads, d, d)) / d
+    lam, rate = 0.01, 0.1
+
+    def one(x: jax.Array, w: jax.Array) -> jax.Array:
+        found = algorithm1(
+            x, w, lam=lam, learning_rate=rate, sparsity=Sparsity(0.5), steps=config.steps
+        )
+        return found.state.variable
+
+    contenders = {"one device": compiled(jax.vmap(one), x, w)}
+    ours = "one device"
+    if jax.device_count() > 1 and heads % jax.device_count() == 0:
+        ours = f"{jax.device_count()} devices"
+        with use_mesh(f"1x{jax.device_count()}", heads):
+            contenders[ours] = compiled(over_mesh(jax.vmap(one), "heads"), *map(jnp.array, (x, w)))
+    if torch_forms.available():
+        form = partial(torch_forms.algorithm1, lam=lam, rate=rate, steps=config.steps)
+        contenders["torch batched"] = in_torch(form, x[:, 0], w)
+        contenders["torch per head"] = in_torch(partial(torch_forms.per_head, form), x[:, 0], w)
+    point = {"part": "algorithm1", "n": n, "d": d, "heads": heads}
+    return rows_of(point, contenders, turns(contenders, config), ours)
+
+
+def sweep_part(config: Config) -> list[dict[str, Any]]:
+    """A row of Figure 2: seeds, λ and step sizes together, against a loop over them."""
+    seeds, n, d = (2, 32, 16) if config.quick else (5, 128, 64)
+    lams = (1.0, 10.0) if config.quick else (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = jax.random.normal(keys[0], (seeds, 1, n, d)), jax.random.normal(keys[1], (seeds, d, d))
+    lam, decay = (a.reshape(-1) for a in jnp.meshgrid(jnp.asarray(lams), jnp.asarray(DECAYS)))
+
+    def every(x: jax.Array, w: jax.Array, lam: jax.Array, rate: jax.Array) -> jax.Array:
+        def one(x: jax.Array, w: jax.Array, lam: jax.Array, rate: jax.Array) -> jax.Array:
+            settings = {"sparsity": Sparsity(0.5), "steps": config.steps}
+            return algorithm1(x, w, lam=lam, learning_rate=rate, **settings).state.variable
+
+        over_seeds = jax.vmap(one, (0, 0, None, None))
+        return jax.vmap(over_seeds, (None, None, 0, 0))(x, w, lam, rate)
+
+    contenders = {"sweep": compiled(every, x, w, lam, decay / lam)}
+    if torch_forms.available():
+        pairs = list(zip(lam.tolist(), (decay / lam).tolist(), strict=True))
+
+        def loop(x: Any, w: Any) -> None:
+            for value, rate in pairs:
+                form = partial(torch_forms.algorithm1, lam=value, rate=rate, steps=config.steps)
+                torch_forms.per_head(form, x, w)
+
+        contenders["torch loop"] = in_torch(loop, x[:, 0], w)
+    point = {"part": "sweep", "n": n, "d": d, "heads": seeds * lam.size}
+    return rows_of(point, contenders, turns(contenders, config), "sweep")
+
+
+def baselines_part(config: Config) -> list[dict[str, Any]]:
+    """Wanda and SparseGPT on one square weight."""
+    d, n = (64, 128) if config.quick else (1024, 2048)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = jax.random.normal(keys[0], (4, n, d)), jax.random.normal(keys[1], (d, d))
+    rows = []
+    for name in ("wanda", "sparsegpt"):
+        prune = getattr(baselines, name)
+        ours = compiled(lambda x, w, prune=prune: prune(x, w, Sparsity(0.5)).weight, x, w)
+        contenders = {name: ours}
+        if torch_forms.available():
+            form = partial(getattr(torch_forms, name), ratio=0.5)
+            contenders["torch"] = in_torch(form, x, w)
+        point = {"part": "baselines", "n": 4 * n, "d": d, "method": name}
+        rows += rows_of(point, contenders, turns(contenders, config), name)
+    return rows
+
+
+def growth_part(config: Config) -> list[dict[str, Any]]:
+    """The kernel alone along each axis; samples are heads that the gradient is summed over."""
+    rows = []
+    for axis, shapes in GROWTH.items():
+        for n, d, heads in tqdm(shapes[:3] if config.quick else shapes, desc=axis):
+            contenders = {"kernel": compiled(kernel, *attention_inputs(n, d, heads))}
+            point = {"part": "growth", "axis": axis, "n": n, "d": d, "heads": heads}
+            rows += rows_of(point, contenders, turns(contenders, config), "kernel")
+    for samples in (1, 4, 16) if config.quick else (1, 4, 16, 64):
+        x = jax.random.normal(jax.random.key(0), (samples, 256, 64))
+        w = jax.random.normal(jax.random.key(1), (64, 64)) / 8
+
+        def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+            return fused_error(w, x, x)
+
+        contenders = {"kernel": compiled(jax.value_and_grad(loss), w, x)}
+        point = {"part": "growth", "axis": "samples", "n": 256, "d": 64, "samples": samples}
+        rows += rows_of(point, contenders, turns(contenders, config), "kernel")
+    return rows
+
+
+def memory_part(config: Config) -> list[dict[str, Any]]:
+    """Temporary memory of the compiled kernel over that of one n x n float32 array."""
+    rows = []
+    for n in (1024,) if config.quick else (2048, 4096, 8192):
+        shape = jax.ShapeDtypeStruct((1, n, 64), jnp.float32)
+        analysis = jax.jit(kernel).lower(*[shape] * 4).compile().memory_analysis()
+        share = analysis.temp_size_in_bytes / (4 * n**2)
+        point = {"part": "memory", "n": n, "d": 64, "heads": 1, "contender": "kernel"}
+        rows.append({**point, "temporary_arrays": share})
+    return rows
+
+
+def llama_part(config: Config) -> list[dict[str, Any]]:
+    """The factored descent at the shape of Llama-3.2-1B, layer after layer, random weights."""
+    d, heads, groups, k, b, n = (
+        (64, 4, 2, 16, 8, 64) if config.quick else (2048, 32, 8, 64, 8, 2048)
+    )
+    settings = QueryKeySettings(
+        heads, groups, k**-0.5, Sparsity(0.5), steps=config.steps, batch_size=b
+    )
+    rope = 500000.0 ** -jnp.linspace(0, 1, k // 2)
+
+    @jax.jit
+    def start(key: jax.Array) -> tuple:
+        keys = jax.random.split(key, 3)
+        x = jax.random.normal(keys[0], (b, n, d))
+        wq = jax.random.normal(keys[1], (d, heads * k)) * d**-0.5
+        return x, (wq, jax.random.normal(keys[2], (d, groups * k)) * d**-0.5)
+
+    @jax.jit
+    def context_of(weights: tuple, data: dict) -> Any:
+        return query_key_context(weights, data, rope, settings)
+
+    @partial(jax.jit, donate_argnums=0)
+    def chunk(state: Any, weights: tuple, data: dict, context: Any) -> Any:
+        descent = query_key_descent(weights, data, context, settings)
+        return descent.chunk(state, weights, data, None, jax.random.key(0))[0]
+
+    seconds = []
+    for layer in tqdm(range(config.layers), desc="llama, layers"):
+        x, weights = jax.block_until_ready(start(jax.random.key(layer)))
+        data = {"x": x, "x0": x}
+        begin = time.perf_counter()
+        context = context_of(weights, data)
+        descent = query_key_descent(weights, data, context, settings)
+        state = jax.jit(lambda weights, descent=descent: descent.init(weights))(weights)
+        for _ in range(descent.chunks):
+            state = chunk(state, weights, data, context)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - begin)
+    # The first layer compiles; the others do not.
+    steady = seconds[1:] or seconds
+    return [
+        {
+            "part": "llama",
+            "n": n,
+            "d": d,
+            "heads": heads,
+            "samples": b,
+            "contender": f"16 layers, {config.steps} steps",
+            "seconds": 16 * float(np.median(steady)),
+            "low": 16 * min(steady),
+            "high": 16 * max(steady),
+            "turns": len(steady),
+            "compile_seconds": max(0.0, seconds[0] - float(np.median(steady))),
+        }
+    ]
+
+
+def exponents(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Slope of log time against the log of each axis, over its larger half."""
+    rows = []
+    growth = metrics[metrics["part"] == "growth"]
+    for axis, frame in growth.groupby("axis", sort=False):
+        x, y = np.log(frame[str(axis)].astype(float)), np.log(frame["seconds"].astype(float))
+        half = len(x) // 2
+        rows.append(
+            {
+                "axis": axis,
+                "exponent": np.polyfit(x, y, 1)[0],
+                "exponent of the larger half": np.polyfit(x[half - 1 :], y[half - 1 :], 1)[0],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def draw(metrics: pd.DataFrame, folder: Path) -> None:
+    """Times along every axis of growth."""
+    growth = metrics[metrics["part"] == "growth"]
+    if growth.empty:
+        return
+    groups = list(growth.groupby("axis", sort=False))
+    figure, axes = plt.subplots(1, len(groups), figsize=(2.8 * len(groups), 3), squeeze=False)
+    slopes = exponents(metrics).set_index("axis")["exponent"]
+    for cell, (axis, frame) in zip(axes[0], groups, strict=True):
+        cell.loglog(frame[axis], 1e3 * frame["seconds"], "o-", color="#0072B2")
+        cell.set_xlabel(str(axis))
+        cell.set_title(f"exponent {slopes[axis]:.2f}", fontsize=9)
+        cell.set_xticks(frame[axis], [f"{value:g}" for value in frame[axis]])
+        cell.minorticks_off()
+    axes[0][0].set_ylabel("value and gradient, ms")
+    figure.tight_layout()
+    plotting.save(figure, folder, "growth")
+
+
+def report_on(metrics: pd.DataFrame, run_folder: Path, figures: Path) -> None:
+    """The table, on the screen and in ``tables.md``, and the figure."""
+    shown = metrics.drop(columns=["part"]).groupby(metrics["part"], sort=False)
+    text = ""
+    for part, frame in shown:
+        table = frame.dropna(axis=1, how="all").to_markdown(index=False, floatfmt=".3g")
+        text += f"## {part}\n\n{table}\n\n"
+    slopes = exponents(metrics)
+    if len(slopes):
+        text += "## fitted exponents\n\n" + slopes.to_markdown(index=False, floatfmt=".2f") + "\n"
+    print(text)
+    with replacing(run_folder / "tables.md") as partial_file:
+        partial_file.write_text(text)
+    draw(metrics, figures)
+
+
+MEASURE = {
+    "kernel": kernel_part,
+    "loss": loss_part,
+    "algorithm1": algorithm1_part,
+    "sweep": sweep_part,
+    "baselines": baselines_part,
+    "growth": growth_part,
+    "memory": memory_part,
+    "llama": llama_part,
+}
+
+
+def one_device_per_core() -> None:
+    """Make the CPU look like a device for each core, to split heads over; before JAX starts."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" not in flags:
+        count = f"--xla_force_host_platform_device_count={os.cpu_count()}"
+        os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
+    connect(None, None, None)
+
+
+def body(config: Config) -> None:
+    """Measure part by part, then tabulate."""
+    config.check()
+    if config.redraw:
+        report_on(read_metrics(config.out), config.out, config.out / "figures")
+        return
+    one_device_per_core()
+    if not torch_forms.available():
+        print("PyTorch is not installed (pip install torch): its rows are left out")
+    with RunFolder(config.out, config, resume=config.resume) as run:
+        rows: list[dict[str, Any]] = []
+        for part in config.parts:
+            rows += run.part(part, partial(MEASURE[part], config))
+        report_on(run.write_metrics(rows), run.path, run.figures)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run_script(Config, body, argv, "benchmark.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
