@@ -145,7 +145,7 @@ def pl_envelope(
     ``μ(ξ) = min_t 2‖∇L(M_t)‖^α / (L(M_t) − ξ)`` over points with ``L(M_t) > ξ``. It says nothing of
     points that were not visited, so it bounds the theorem's ``μ`` from above. Points nearer to ξ
     than 1024 units in the last place of the loss are left out: what is left of ``L − ξ`` there is
-    rounding.
+    rounding. So are those so near that their squared gradients underflow.
 
     Args:
       loss: ``L`` at the visited points.
@@ -159,13 +159,14 @@ def pl_envelope(
 
     Source: Liang et al. 2025, Def. 5.1; the minimum over a run is ours.
     """
-    rounding = 1024 * jnp.finfo(loss.dtype).eps
+    limits = jnp.finfo(loss.dtype)
+    rounding, smallest = 1024 * limits.eps, limits.tiny / limits.eps
     power = squared_gradient_norm ** (jnp.asarray(alpha) / 2)
 
     def one(xi: Array) -> Array:
         gap = loss - xi
         # NaN compares false and so counts as above: it must show in the result.
-        above = ~(gap <= rounding * jnp.maximum(jnp.abs(loss), jnp.abs(xi)))
+        above = ~(gap <= smallest + rounding * jnp.maximum(jnp.abs(loss), jnp.abs(xi)))
         return jnp.min(jnp.where(above, 2 * power / jnp.where(above, gap, 1), jnp.inf))
 
     candidates = jnp.asarray(xi, loss.dtype)

@@ -284,6 +284,11 @@ class TestTheorem:
         both = pl_envelope(run.trace.loss, run.trace.squared_gradient_norm, np.array([0.2, 0.3]))
         assert both[0] < both[1]
 
+    def test_envelope_of_a_run_that_underflows_is_that_of_its_larger_losses(self):
+        loss = 0.5 * 4.0 ** -jnp.arange(80, dtype=jnp.float32)  # ½v² of v halved at every step
+        assert pl_envelope(loss, 2 * loss, 0.0) == 4
+        assert pl_envelope(loss, jnp.where(loss < 1e-36, 0, 2 * loss), 0.0) == 4
+
     def test_envelope_by_hand(self):
         loss, squares = jnp.array([4.0, 2.0, 1.0]), jnp.array([9.0, 1.0, 0.5])
         found = pl_envelope(loss, squares, jnp.array([0.0, 1.0, 2.0, 4.0]))
