@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep figures test test-fast mutants coverage lint format clean
+.PHONY: help sweep figures test test-fast mutants coverage bench bench-gpu lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | expand -t 14
@@ -40,6 +40,13 @@ mutants: $(READY) ## changes to the source that tests must notice (minutes)
 
 coverage: $(READY) ## lines of jaxprune/ that the tests run; fails below 95%
 	$(BIN)/python -m pytest -q $(PARALLEL) --cov=jaxprune --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+bench: $(READY) ## speed and memory against products and PyTorch: runs/benchmark
+	$(BIN)/python experiments/benchmark.py --resume --out runs/benchmark
+
+bench-gpu: $(READY) ## on a GPU: the kernel, growth, a run of Llama-3.2-1B's shape
+	$(BIN)/python -m pip install --quiet 'jax[cuda12]'
+	$(BIN)/python experiments/benchmark.py --resume --parts kernel loss growth memory llama --out runs/benchmark-gpu
 
 lint: $(READY) ## style, formatting, types
 	$(BIN)/ruff check .

@@ -424,6 +424,8 @@ def exponents(metrics: pd.DataFrame) -> pd.DataFrame:
     """Slope of log time against the log of each axis, over its larger half."""
     rows = []
     growth = metrics[metrics["part"] == "growth"]
+    if growth.empty:
+        return pd.DataFrame(rows)
     for axis, frame in growth.groupby("axis", sort=False):
         x, y = np.log(frame[str(axis)].astype(float)), np.log(frame["seconds"].astype(float))
         half = len(x) // 2

@@ -1,0 +1,88 @@
+"""experiments/benchmark.py: a small run to its table; PyTorch forms against ours."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+from jaxprune import softmax_error
+from jaxprune.baselines import sparsegpt, wanda
+from jaxprune.fused import algorithm1
+from jaxprune.sparsity import Sparsity
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+@pytest.fixture
+def benchmark(script, monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    # As many devices as this process has: JAX has started already.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    yield script("benchmark")
+    sys.modules.pop("torch_forms", None)
+
+
+def run(benchmark, out, *more):
+    return benchmark.main(["--quick", "--steps", "3", "--out", str(out), *more])
+
+
+@pytest.mark.slow
+def test_a_quick_run_fills_the_table(benchmark, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.torch_forms, "available", lambda: False)
+    out = tmp_path / "run"
+    parts = ("kernel", "loss", "algorithm1", "baselines", "memory")
+    assert run(benchmark, out, "--parts", *parts) == 0
+    metrics = pd.read_csv(out / "metrics.csv")
+    assert set(metrics["part"]) == set(parts)
+    timed = metrics[metrics["seconds"].notna()]
+    assert (timed["seconds"] > 0).all()
+    assert (timed["low"] <= timed["high"]).all()
+    kernel = metrics[metrics["part"] == "kernel"]
+    ours = kernel[kernel["contender"] == "kernel"]
+    assert (ours["ours_over_it"] == 1).all()
+    assert (ours["compile_seconds"] > 0).all()
+    # Four products take a third longer than three of the same shape.
+    floor = kernel.pivot_table(index=["n", "d", "heads"], columns="contender", values="seconds")
+    np.testing.assert_allclose(floor["4 products"] / floor["3 products"], 4 / 3, rtol=1e-6)
+    assert "PyTorch is not installed" in capsys.readouterr().out
+    assert benchmark.main(["--redraw", "--out", str(out)]) == 0
+    assert "## kernel" in (out / "tables.md").read_text()
+
+
+def test_exponents_are_those_of_powers(benchmark):
+    sizes = np.array([1.0, 2.0, 4.0, 8.0])
+    frame = pd.DataFrame({"part": "growth", "axis": "n", "n": sizes, "seconds": 3 * sizes**1.5})
+    assert benchmark.exponents(frame)["exponent"].item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("flags", [("--parts", "x"), ("--repeats", "0"), ("--seconds", "0")])
+def test_wrong_flags_are_refused(benchmark, tmp_path, capsys, flags):
+    assert benchmark.main([*flags, "--out", str(tmp_path / "run")]) == 2
+    assert flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_torch_forms_compute_what_we_do(benchmark, key):
+    pytest.importorskip("torch")
+    forms = benchmark.torch_forms
+    keys = jax.random.split(key, 4)
+    arrays = [jax.random.normal(k, (3, 20, 6)) for k in keys]
+    found = forms.softmax_error_gradients(*forms.tensors(arrays, "cpu"))
+    gradients = jax.grad(lambda *a: softmax_error(*a).sum(), (0, 1))(*arrays)
+    for expected, value in zip((softmax_error(*arrays).sum(), *gradients), found, strict=True):
+        np.testing.assert_allclose(value.numpy(), expected, rtol=1e-4, atol=1e-5)
+    x, w = arrays[0], jax.random.normal(keys[3], (6, 6))
+    weight, tokens = forms.tensors((w, x), "cpu")
+    for ours, form in ((wanda, forms.wanda), (sparsegpt, forms.sparsegpt)):
+        np.testing.assert_allclose(
+            form(tokens, weight, 0.5).numpy(), ours(x, w, "0.5").weight, rtol=1e-3, atol=1e-4
+        )
+    settings = {"lam": 0.1, "sparsity": Sparsity(0.5), "steps": 5, "learning_rate": 0.1}
+    mask = algorithm1(x[:1], w, **settings).state.variable
+    theirs = forms.algorithm1(tokens[:1], weight[None], lam=0.1, rate=0.1, steps=5)
+    np.testing.assert_allclose(theirs[0].numpy(), mask, rtol=1e-4, atol=1e-5)
+    assert jnp.isfinite(mask).all()
