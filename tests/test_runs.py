@@ -10,10 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from jaxprune.errors import InputError
 from jaxprune.runs import (
     RunFolder,
     check_writable,
+    differences,
     read_metrics,
+    recorded,
     replacing,
     write_arrays,
     write_json,
@@ -181,3 +184,77 @@ def test_metrics_come_back_and_are_asked_for_where_there_are_none(tmp_path):
         written = run.write_metrics(rows)
     pd.testing.assert_frame_equal(written, pd.DataFrame(rows))
     pd.testing.assert_frame_equal(read_metrics(tmp_path), written)
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "named"),
+    [
+        (b"", (), "not a table"),
+        (b"\xff\xfe\x00\x01", (), "not a table"),
+        (b'a,b\n1,"2', (), "not a table"),
+        (b"a,b\n", (), "no rows"),
+        (b"a,b\n1,2\n", ("a", "ratio"), "no column ratio"),
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path, content, columns, named):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(InputError, match=named):
+        read_metrics(tmp_path, columns)
+
+
+def test_results_are_compared_by_value(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    table = pd.DataFrame({"method": ["a", "b"], "error": [0.1, np.nan], "seed": [0, 1]})
+    for folder, scale in ((old, 1.0), (new, 1.01)):
+        folder.mkdir()
+        write_arrays(folder / "same.npz", mask=np.eye(2))
+        write_arrays(folder / "other.npz", mask=scale * np.eye(2))
+        (folder / "bits.safetensors").write_bytes(b"%f" % scale)
+        table.assign(error=scale * table["error"]).to_csv(folder / "metrics.csv", index=False)
+    write_arrays(new / "more.npz", mask=np.eye(2))
+    equal, different = differences(old, new)
+    assert equal == ["same.npz"]
+    assert different == [
+        "metrics.csv: error by up to 9.9e-03 of itself",
+        f"more.npz: missing in {old}",
+        "other.npz: other arrays",
+        "bits.safetensors: other bytes",
+    ]
+    table.assign(method="c").to_csv(new / "metrics.csv", index=False)
+    assert differences(old, new)[1][0] == "metrics.csv: method"
+    table[:1].to_csv(new / "metrics.csv", index=False)
+    assert "(2, 3) rows and columns, then (1, 3)" in differences(old, new)[1][0]
+
+
+def test_a_run_says_what_it_was(tmp_path):
+    inputs = {"model": {"a.bin": "00"}}
+    with RunFolder(tmp_path / "out", Settings(), inputs=inputs):
+        pass
+    found = recorded(tmp_path / "out")
+    assert (found.configuration["steps"], found.inputs) == (3, inputs)
+    assert "versions" in found.environment
+    write_json(tmp_path / "out" / "pruning.json", {"configuration": {}, "inputs": 3})
+    with pytest.raises(InputError, match=r"pruning\.json: lacks"):
+        recorded(tmp_path / "out")
+
+
+def test_damaged_parts_are_named_with_the_remedy(tmp_path):
+    with RunFolder(tmp_path / "out", Settings()) as run:
+        write_arrays(run.part_file("a"), x=np.ones(3))
+        run.part("a", lambda: [{"error": 1}])
+        np.testing.assert_array_equal(run.part_arrays("a")["x"], 1)
+        rows, arrays = run.part_file("a").with_suffix(".json"), run.part_file("a")
+        for content in ("", "[1]", "{}", '[{"err'):
+            rows.write_text(content)
+            with pytest.raises(InputError, match="delete it, and --resume"):
+                run.part("a", list)
+        arrays.write_bytes(arrays.read_bytes()[:-30])
+        with pytest.raises(InputError, match=r"not a whole \.npz"):
+            run.part_arrays("a")
+        np.save(arrays.with_suffix(".npy"), np.ones(3))
+        arrays.with_suffix(".npy").replace(arrays)
+        with pytest.raises(InputError, match=r"not an \.npz"):
+            run.part_arrays("a")
+        arrays.unlink()
+        with pytest.raises(InputError, match=r"No such file.*delete .*a\.json too"):
+            run.part_arrays("a")
