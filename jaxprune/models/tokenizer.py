@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Tokenizer:
     def _bos(self) -> int | None:
         folder = self._folder
         settings = folder / "tokenizer_config.json"
-        settings_there: dict[str, Any] = read_json(settings) if settings.exists() else {}
+        settings_there: dict[str, Any] = read_json(settings) if os.path.lexists(settings) else {}
         adds = settings_there.get("add_bos_token")
         named = settings_there.get("bos_token")
         named = named.get("content") if isinstance(named, dict) else named

@@ -472,6 +472,20 @@ def test_weights_to_prune(mains, place, name, value, method):
     assert not (place / ".out.work").exists()
 
 
+@pytest.mark.parametrize("instead", ["folder", "link to nowhere", "link to itself"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_files_of_a_model_that_are_none(mains, place, name, instead):
+    file = anew(place, "untied_gqa") / "untied_gqa" / name
+    file.unlink(missing_ok=True)
+    if instead == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(name if instead == "link to itself" else "/nowhere")
+    assert perplexity(mains, place) == 2
+
+
 def test_no_script_prints_a_traceback_for_an_unreadable_input(mains, place):
     """Folders where files are expected, and files where folders are."""
     folder = anew(place, "untied_gqa")
