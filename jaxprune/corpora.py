@@ -25,6 +25,10 @@ _PIECE = 2**20  # characters of a plain text read at once
 _C4_EVALUATION_DOCUMENTS = 1100
 
 
+# Corpora with parts of their own to calibrate and to evaluate on; a file is one running text.
+NAMED = ("zoo", "c4", "wikitext2")
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """A text in documents.

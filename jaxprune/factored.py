@@ -25,7 +25,7 @@ from jaxprune.presets import gradual_descent, split_sequences
 from jaxprune.ranking import Importance, column_sensitivity, importance
 from jaxprune.relaxations import cubic_sparsity, straight_through
 from jaxprune.sharding import AXES, over_mesh
-from jaxprune.sparsity import Sparsity
+from jaxprune.sparsity import Group, Sparsity
 
 # Weight of attention's output beside its matrices; see ``output_maps``.
 OUTPUT_WEIGHT = 2.0
@@ -48,6 +48,8 @@ class QueryKeySettings(NamedTuple):
       refit: kept weights adapt; else only the mask is learned and they keep their values.
       output_weight: of the error of attention's output beside that of its matrices.
       tightened: part of the steps after which the mask has its final size.
+      columns_compete: weights of a whole matrix compete; else every output column keeps as many,
+        ranked by Wanda's score.
     """
 
     heads: int
@@ -61,6 +63,7 @@ class QueryKeySettings(NamedTuple):
     refit: bool = True
     output_weight: float = OUTPUT_WEIGHT
     tightened: float = 0.4
+    columns_compete: bool = True
 
 
 @jax.tree_util.register_dataclass
@@ -344,11 +347,18 @@ def query_key_context(
         batch_size=settings.batch_size,
     )
     norms = feature_norms(fit["x"])
+    if not settings.columns_compete:
+        even = tuple(Importance(norms, jnp.ones_like(s)) for s in felt)
+        return QueryKeyContext(rope, outputs, (even[0], even[1]))
     return QueryKeyContext(
         rope,
         outputs,
         (importance(dense[0], norms, felt[0]), importance(dense[1], norms, felt[1])),
     )
+
+
+def _group(settings: QueryKeySettings) -> Group:
+    return "matrix" if settings.columns_compete else "output"
 
 
 def query_key_descent(
@@ -371,14 +381,14 @@ def query_key_descent(
     def rank(weights: Projections) -> PyTree:
         return tuple(i.score(w) for w, i in zip(weights, context.importance, strict=True))
 
-    steps = settings.steps
+    steps, group = settings.steps, _group(settings)
     if settings.refit:
         return gradual_descent(
             objective,
             dense,
             settings.sparsity,
             rank=rank,
-            group="matrix",
+            group=group,
             steps=steps,
             learning_rate=settings.learning_rate,
             pull=0.0,
@@ -390,7 +400,7 @@ def query_key_descent(
     return Descent(
         objective=objective,
         relaxation=straight_through(
-            settings.sparsity, rank=rank, schedule=cubic_sparsity(max(steps, 1)), group="matrix"
+            settings.sparsity, rank=rank, schedule=cubic_sparsity(max(steps, 1)), group=group
         ),
         optimizer=optax.adam(decay),
         sparsity=settings.sparsity,

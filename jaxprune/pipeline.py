@@ -10,8 +10,8 @@ is written to a work folder, so that a run that was killed ends with the same bi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ class PruneSettings:
       steps: of a descent; the preset's if ``None``.
       batch: windows at once in forward passes.
       seed: of the descent's batches.
+      tuning: further changes to the preset, fields of ``QueryKeySettings`` or ``BlockSettings``.
     """
 
     method: str
@@ -71,6 +72,7 @@ class PruneSettings:
     steps: int | None = None
     batch: int = 8
     seed: int = 0
+    tuning: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, config: LlamaConfig) -> None:
         """Raise ``InputError``, naming the flag, for choices that cannot work."""
@@ -318,7 +320,9 @@ def _descent_settings(
         chosen = _query_key_settings(config, settings.sparsity)._replace(refit=settings.refit)
     else:
         chosen = BlockSettings(config, settings.sparsity)
-    return chosen if settings.steps is None else chosen._replace(steps=settings.steps)
+    if settings.steps is not None:
+        chosen = chosen._replace(steps=settings.steps)
+    return chosen._replace(**settings.tuning)
 
 
 def _descend(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -222,8 +223,11 @@ def fixed(keep_masks: KeepMasks) -> Relaxation:
 def cubic_sparsity(steps: int, *, until: float = 0.6) -> Schedule:
     """Fraction ``1 − (1 − t)³`` of the final drop count, ``t = step / (until · steps)``, then one.
 
-    Source: Zhu & Gupta 2017, Eq. 1, from a dense start; rises until ``until`` of the steps.
+    Source: Zhu & Gupta 2017, Eq. 1, from a dense start; rises until ``until`` of the steps, and
+    is one from the first step for zero.
     """
+    if until == 0:
+        return optax.constant_schedule(1.0)
 
     def schedule(step: Any) -> Float[Array, ""]:
         t = jnp.clip(jnp.asarray(step, jnp.float32) / (until * steps), 0.0, 1.0)

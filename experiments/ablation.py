@@ -1,0 +1,314 @@
+"""What each part of the preset ``descent`` is worth: W_Q and W_K pruned with one part changed.
+
+Each variant prunes the model, at every sparsity and seed, and is judged on text that it was not
+calibrated on: relative error of the attention matrices, Kullback-Leibler divergence of the
+predictions from the dense model's, and perplexity less that of the dense model. The divergence
+is the quietest of the three.
+
+For example::
+
+  python experiments/ablation.py --model zoo --calibration zoo --out runs/ablation
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from jaxprune import corpora, data, perplexity, plotting
+from jaxprune.cli import Flag, run_script
+from jaxprune.errors import InputError
+from jaxprune.models import llama
+from jaxprune.models.llama.files import checkpoint_hashes
+from jaxprune.models.tokenizer import Tokenizer
+from jaxprune.pipeline import Progress, PruneSettings, prune_model, units
+from jaxprune.runs import RunFolder, read_metrics, replacing
+from jaxprune.sparsity import Sparsity
+
+
+class Variant(NamedTuple):
+    """One row of the table: what is changed, in words and in ``PruneSettings``."""
+
+    description: str
+    changes: dict[str, Any]
+
+
+def _tuned(**fields: Any) -> dict[str, Any]:
+    return {"tuning": fields}
+
+
+VARIANTS = {
+    "descent": Variant("preset descent", {}),
+    "attention_only": Variant("attention matrices alone, not the output", _tuned(output_weight=0)),
+    "dense_activations": Variant("calibrated on the dense model", {"propagate": False}),
+    "even_columns": Variant("every output column keeps as many", _tuned(columns_compete=False)),
+    "slow_schedule": Variant("mask final after 0.8 of the steps", _tuned(tightened=0.8)),
+    "one_shot": Variant("mask final from the first step, then refit", _tuned(tightened=0.0)),
+    "small_steps": Variant("a third of the step size", _tuned(learning_rate=0.05)),
+    "mask_only": Variant("kept weights untouched (--no-refit)", {"refit": False}),
+    "wanda": Variant("Wanda", {"method": "wanda"}),
+    "sparsegpt": Variant("SparseGPT", {"method": "sparsegpt"}),
+    "magnitude": Variant("magnitude", {"method": "magnitude"}),
+}
+MEASURES = {
+    "divergence": "divergence (nats)",
+    "perplexity_gap": "perplexity above the dense model's",
+    "heldout_error": "held-out attention error",
+}
+COLUMNS = ("variant", "sparsity", "seed", "calibration_error", *MEASURES)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Prune with one part of the preset changed at a time, and compare.
+
+    Example: python experiments/ablation.py --model zoo --calibration zoo --out runs/ablation
+    """
+
+    model: str = "zoo"
+    """zoo, a Hugging Face folder, or owner/name on the hub"""
+    calibration: str = "zoo"
+    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2"""
+    text: str | None = None
+    """text for perplexity and divergence; that of the calibration, after what was calibrated on"""
+    windows: int = 128
+    """windows to calibrate on"""
+    seqlen: int = 256
+    """tokens of a window"""
+    sparsity: tuple[str, ...] = ("0.7", "2:4")
+    """fractions removed, or N:M patterns"""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """rows of the table"""
+    seeds: int = 2
+    """seeds of every descent's batches; baselines have none"""
+    steps: int = 400
+    """steps of a descent in every block"""
+    out: Path = Path("runs/ablation")
+    """folder of the run"""
+    resume: Flag = False
+    """go on with the run in --out"""
+    redraw: Flag = False
+    """only draw figure and table again from the metrics in --out"""
+    repeat: Path | None = None
+    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+
+    memory_flags: ClassVar[str] = "--windows or --seqlen"
+
+    def check(self) -> None:
+        """Raise ``InputError`` for values that cannot work, before anything is computed."""
+        for name in self.variants:
+            if name not in VARIANTS:
+                raise InputError(f"--variants {name}: expected some of {', '.join(VARIANTS)}")
+        for value in self.sparsity:
+            try:
+                Sparsity.parse(value)
+            except InputError as error:
+                raise InputError(f"--sparsity: {error}") from None
+        for name in ("seeds", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}: expected 1 or more")
+
+
+class Material(NamedTuple):
+    """What all cells of the table share."""
+
+    folder: Path
+    shape: llama.LlamaConfig
+    calibration: data.Windows
+    heldout: data.Windows
+    text: data.Windows
+    reference: llama.Llama
+    dense_perplexity: float
+
+
+def read_text(config: Config, tokenizer: Tokenizer, used: int) -> data.Windows:
+    """Windows to evaluate on: of a running text, those after the ``used`` first."""
+    source = config.text or config.calibration
+    windows = data.evaluation_windows(source, tokenizer, seqlen=config.seqlen)
+    if source != config.calibration or source in corpora.NAMED:
+        return windows
+    if len(windows.tokens) <= used:
+        raise InputError(
+            f"--calibration {source}: nothing is left after {used} windows; use --text"
+        )
+    return replace(
+        windows,
+        tokens=windows.tokens[used:],
+        protocol=windows.protocol | {"windows": len(windows.tokens) - used, "after": used},
+    )
+
+
+def read(config: Config) -> Material:
+    """Load and check everything, and measure the dense model."""
+    config.check()
+    folder = llama.locate(config.model)
+    shape = llama.load_config(folder)
+    for sparsity in config.sparsity:
+        settings_of("descent", sparsity, 0, config).check(shape)
+    tokenizer = Tokenizer(folder, shape.vocab_size)
+    calibration, heldout = data.calibration_windows(
+        config.calibration, tokenizer, windows=config.windows, seqlen=config.seqlen
+    )
+    text = read_text(config, tokenizer, len(calibration.tokens) + len(heldout.tokens))
+    reference = llama.load(folder)
+    dense = perplexity.evaluate(reference, text)["perplexity"]
+    return Material(folder, shape, calibration, heldout, text, reference, dense)
+
+
+def settings_of(variant: str, sparsity: str, seed: int, config: Config) -> PruneSettings:
+    """The pipeline's settings for one cell of the table."""
+    plain = PruneSettings(
+        method="descent", targets="qk", sparsity=Sparsity.parse(sparsity), steps=config.steps
+    )
+    changes = VARIANTS[variant].changes
+    return replace(plain, seed=seed, **changes)
+
+
+def plan(config: Config) -> list[tuple[str, str, int]]:
+    """All cells of the table; a baseline has one seed."""
+    return [
+        (variant, sparsity, seed)
+        for sparsity in config.sparsity
+        for variant in config.variants
+        for seed in range(1 if "method" in VARIANTS[variant].changes else config.seeds)
+    ]
+
+
+def compute(
+    cell: tuple[str, str, int],
+    config: Config,
+    material: Material,
+    run: RunFolder,
+    progress: Callable[[Progress], None],
+) -> list[dict[str, Any]]:
+    """Prune once, and judge."""
+    variant, sparsity, seed = cell
+    model, started = llama.load(material.folder), time.monotonic()
+    settings = settings_of(variant, sparsity, seed, config)
+    work = RunFolder(run.path / "work", settings, resume=True)
+    rows: list[dict[str, Any]] = []
+    with work:
+        for _, _, new in prune_model(
+            model, material.calibration.tokens, material.heldout.tokens, settings, work, progress
+        ):
+            rows += new
+        seconds = time.monotonic() - started
+    found = perplexity.evaluate(model, material.text)["perplexity"]
+    result = {
+        "variant": variant,
+        "sparsity": sparsity,
+        "seed": seed,
+        "calibration_error": float(np.mean([row["calibration_error"] for row in rows])),
+        "heldout_error": float(np.mean([row["heldout_error"] for row in rows])),
+        "divergence": perplexity.divergence(model, material.reference, material.text),
+        "perplexity_gap": found - material.dense_perplexity,
+        "dense_perplexity": material.dense_perplexity,
+        "seconds": seconds,
+    }
+    work.remove()
+    return [result]
+
+
+def table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds, and half the range where there are several."""
+    groups = metrics.groupby(["sparsity", "variant"], sort=False)
+    shown = groups[list(MEASURES)].mean().map("{:.4f}".format)
+    spread = groups[list(MEASURES)].agg(lambda column: (column.max() - column.min()) / 2)
+    several = groups["seed"].nunique() > 1
+    for measure in MEASURES:
+        shown.loc[several, measure] += " ± " + spread.loc[several, measure].map("{:.4f}".format)
+    shown = shown.rename(columns=MEASURES).reset_index()
+    shown["variant"] = shown["variant"].map(lambda name: VARIANTS[name].description)
+    return shown
+
+
+def draw(metrics: pd.DataFrame) -> plt.Figure:
+    """One panel a sparsity: divergence of every variant, a dot for each seed."""
+    sparsities = list(dict.fromkeys(metrics["sparsity"]))
+    variants = list(dict.fromkeys(metrics["variant"]))
+    figure, axes = plt.subplots(
+        1,
+        len(sparsities),
+        figsize=(3.2 + 2.6 * len(sparsities), 0.9 + 0.27 * len(variants)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for cell, sparsity in zip(axes[0], sparsities, strict=True):
+        rows = metrics[metrics["sparsity"] == sparsity]
+        for place, variant in enumerate(variants):
+            values = rows.loc[rows["variant"] == variant, "divergence"]
+            cell.plot(values, [place] * len(values), "o", color="#0072B2", markersize=4)
+        base = rows.loc[rows["variant"] == "descent", "divergence"]
+        if len(base):
+            cell.axvline(base.mean(), color="black", linewidth=0.8)
+        cell.set_xscale("log")
+        cell.set_title(f"sparsity {sparsity}")
+        cell.set_xlabel("divergence from the dense model (nats)")
+    axes[0, 0].set_yticks(range(len(variants)), [VARIANTS[v].description for v in variants])
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+def report(metrics: pd.DataFrame, folder: Path) -> None:
+    """Figure and table."""
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    plotting.save(draw(metrics), figures, "ablation")
+    shown = table(metrics).to_markdown(index=False)
+    with replacing(folder / "tables.md") as partial_file:
+        partial_file.write_text(shown + "\n")
+    print(shown)
+    print(f"metrics, table and figure: {folder}")
+
+
+def body(config: Config) -> None:
+    """Run, or redraw."""
+    if config.redraw:
+        report(read_metrics(config.out, COLUMNS), config.out)
+        return
+    material = read(config)
+    inputs = {
+        "model": checkpoint_hashes(material.folder),
+        "calibration": material.calibration.hashes(),
+        "text": material.text.hashes(),
+    }
+    cells, rows = plan(config), []
+    with RunFolder(config.out, config, resume=config.resume, inputs=inputs) as run:
+        steps = [
+            units(settings_of(*cell, config), material.shape) * material.shape.num_hidden_layers
+            for cell in cells
+        ]
+        with tqdm(total=sum(steps), unit="chunk") as bar:
+            for i, cell in enumerate(cells):
+                name = "-".join(map(str, cell)).replace(":", "of")
+
+                def progress(where: Progress, before: int = sum(steps[:i])) -> None:
+                    bar.update(before + where.done - bar.n)
+
+                def part(cell: tuple[str, str, int] = cell) -> list[dict[str, Any]]:
+                    return compute(cell, config, material, run, progress)
+
+                bar.set_postfix_str(name)
+                rows += run.part(name, part)
+                bar.update(sum(steps[: i + 1]) - bar.n)
+        metrics = run.write_metrics(rows)
+    report(metrics, config.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run_script(Config, body, argv, "ablation.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

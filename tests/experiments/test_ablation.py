@@ -1,0 +1,65 @@
+"""The ablation of the preset, on a toy checkpoint."""
+
+import pandas as pd
+import pytest
+
+TOY = ["--windows", "8", "--seqlen", "16", "--steps", "20", "--sparsity", "0.5"]
+
+
+@pytest.fixture
+def main(script):
+    return script("ablation").main
+
+
+@pytest.fixture
+def where(checkpoint, tmp_path):
+    """Flags for a toy model and a text long enough to leave windows to evaluate on."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and saw another cat\n" * 60)
+    return ["--model", str(checkpoint()), "--calibration", str(text)]
+
+
+@pytest.mark.slow
+def test_a_row_for_every_cell_and_files_to_redraw_from(main, where, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--variants", "descent", "wanda", "--seeds", "2", "--out", str(out)]
+    assert main([*where, *TOY, *flags]) == 0
+    metrics = pd.read_csv(out / "metrics.csv")
+    assert list(zip(metrics["variant"], metrics["seed"], strict=True)) == [
+        ("descent", 0),
+        ("descent", 1),
+        ("wanda", 0),
+    ]
+    assert (metrics["divergence"] > 0).all()
+    assert metrics["dense_perplexity"].nunique() == 1
+    assert not (out / "work").exists()
+    for name in ("tables.md", "figures/ablation.png", "figures/ablation.svg"):
+        assert (out / name).stat().st_size > 0
+    table = (out / "tables.md").read_text()
+    assert table.count("preset descent") == 1
+    (out / "tables.md").unlink()
+    assert main(["--redraw", "--out", str(out)]) == 0
+    assert (out / "tables.md").read_text() == table
+    assert "Wanda" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--variants", "descnt"], "--variants descnt"),
+        (["--sparsity", "1.5"], "--sparsity"),
+        (["--seeds", "0"], "--seeds"),
+        (["--sparsity", "3:5"], "--sparsity"),
+    ],
+)
+def test_wrong_flags_are_named_before_any_work(main, where, tmp_path, capsys, flags, named):
+    out = tmp_path / "run"
+    assert main([*where, *TOY, *flags, "--out", str(out)]) == 2
+    assert named in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_evaluation_needs_text_that_was_not_calibrated_on(main, where, tmp_path, capsys):
+    flags = ["--windows", "150", "--seqlen", "16", "--out", str(tmp_path / "run")]
+    assert main([*where, *flags]) == 2
+    assert "no text after 166 windows; give --text" in capsys.readouterr().err
