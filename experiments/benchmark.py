@@ -292,8 +292,10 @@ def sweep_part(config: Config) -> list[dict[str, Any]]:
 
     def every(x: jax.Array, w: jax.Array, lam: jax.Array, rate: jax.Array) -> jax.Array:
         def one(x: jax.Array, w: jax.Array, lam: jax.Array, rate: jax.Array) -> jax.Array:
-            settings = {"sparsity": Sparsity(0.5), "steps": config.steps}
-            return algorithm1(x, w, lam=lam, learning_rate=rate, **settings).state.variable
+            found = algorithm1(
+                x, w, lam=lam, learning_rate=rate, sparsity=Sparsity(0.5), steps=config.steps
+            )
+            return found.state.variable
 
         over_seeds = jax.vmap(one, (0, 0, None, None))
         return jax.vmap(over_seeds, (None, None, 0, 0))(x, w, lam, rate)
@@ -357,6 +359,7 @@ def memory_part(config: Config) -> list[dict[str, Any]]:
     for n in (1024,) if config.quick else (2048, 4096, 8192):
         shape = jax.ShapeDtypeStruct((1, n, 64), jnp.float32)
         analysis = jax.jit(kernel).lower(*[shape] * 4).compile().memory_analysis()
+        assert analysis is not None
         share = analysis.temp_size_in_bytes / (4 * n**2)
         point = {"part": "memory", "n": n, "d": 64, "heads": 1, "contender": "kernel"}
         rows.append({**point, "temporary_arrays": share})
@@ -422,7 +425,7 @@ def llama_part(config: Config) -> list[dict[str, Any]]:
 
 def exponents(metrics: pd.DataFrame) -> pd.DataFrame:
     """Slope of log time against the log of each axis, over its larger half."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     growth = metrics[metrics["part"] == "growth"]
     if growth.empty:
         return pd.DataFrame(rows)
