@@ -62,4 +62,4 @@ def test_wrong_flags_are_named_before_any_work(main, where, tmp_path, capsys, fl
 def test_evaluation_needs_text_that_was_not_calibrated_on(main, where, tmp_path, capsys):
     flags = ["--windows", "150", "--seqlen", "16", "--out", str(tmp_path / "run")]
     assert main([*where, *flags]) == 2
-    assert "no text after 166 windows; give --text" in capsys.readouterr().err
+    assert "nothing is left after 166 windows; use --text" in capsys.readouterr().err
