@@ -349,8 +349,8 @@ def _descend(
         make = block_descent
     fit, validation = split_sequences(data)
     if isinstance(chosen, QueryKeySettings):
-        wv = _heads(dense.wv, streams.config)
-        wo = _heads(dense.wo.T, streams.config).transpose(1, 2, 0)
+        wv = _heads(_wide(dense.wv), streams.config)
+        wo = _heads(_wide(dense.wo).T, streams.config).transpose(1, 2, 0)
         context = query_key_context(weights, fit, rope, chosen, wv, wo)
     else:
         norms = _input_norms(dense, streams, TARGETS["all"], settings.batch)
@@ -390,7 +390,11 @@ def _descend(
 
 def _movable(weights: PyTree) -> PyTree:
     """Weights as a descent moves them: float32, whatever the model computes in."""
-    return split_columns(jax.tree.map(lambda w: w.astype(accumulation_dtype(w)), weights))
+    return split_columns(jax.tree.map(_wide, weights))
+
+
+def _wide(w: Array) -> Array:
+    return w.astype(accumulation_dtype(w))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
