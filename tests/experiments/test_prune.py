@@ -179,3 +179,25 @@ def test_an_existing_output_and_another_runs_work_are_refused(
     assert prune(flags(model, text, out)) == 2
     assert "--out" in capsys.readouterr().err
     assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_a_bfloat16_model_gives_nearly_the_same_masks(prune, checkpoint, text, tmp_path):
+    model = checkpoint(MODEL)
+    for dtype in ("float32", "bfloat16"):
+        assert prune(flags(model, text, tmp_path / dtype, "--dtype", dtype)) == 0
+    masks = [np.load(tmp_path / dtype / "keep_masks.npz") for dtype in ("float32", "bfloat16")]
+    for name in masks[0].files:
+        assert masks[0][name].sum() == masks[1][name].sum()
+        assert (masks[0][name] == masks[1][name]).mean() > 0.8
+    weights = [
+        load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16")
+    ]
+    # Whatever was not pruned is the source's to the bit, though the model ran in bfloat16.
+    for name, dense in weights[0].items():
+        if not any(target in name for target in TARGETS["qk"]):
+            assert dense.tobytes() == weights[1][name].tobytes()
+
+
+def test_an_unknown_dtype_is_refused(prune, checkpoint, text, tmp_path, capsys):
+    assert prune(flags(checkpoint(MODEL), text, tmp_path / "out", "--dtype", "float16")) == 2
+    assert "--dtype float16" in capsys.readouterr().err
