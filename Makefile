@@ -23,7 +23,7 @@ sweep: $(READY) ## the paper's synthetic experiment (Figure 2): runs/synthetic
 	$(BIN)/python experiments/synthetic.py --resume --out runs/synthetic
 
 figures: $(READY) ## draw the figures of finished runs again from their saved metrics
-	@for name in synthetic llama_heads fused_perplexity regimes convergence; do \
+	@for name in synthetic llama_heads fused_perplexity regimes convergence benchmark; do \
 	  if [ -f runs/$$name/metrics.csv ]; then \
 	    $(BIN)/python experiments/$$name.py --redraw --out runs/$$name || exit $$?; \
 	  fi; \

@@ -37,6 +37,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch_forms
+from matplotlib import ticker
 from tqdm import tqdm
 
 from jaxprune import baselines, plotting, softmax_error
@@ -448,7 +449,9 @@ def draw(metrics: pd.DataFrame, folder: Path) -> None:
     if growth.empty:
         return
     groups = list(growth.groupby("axis", sort=False))
-    figure, axes = plt.subplots(1, len(groups), figsize=(2.8 * len(groups), 3), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(2.8 * len(groups), 3), sharey=True, squeeze=False
+    )
     slopes = exponents(metrics).set_index("axis")["exponent"]
     for cell, (axis, frame) in zip(axes[0], groups, strict=True):
         cell.loglog(frame[axis], 1e3 * frame["seconds"], "o-", color="#0072B2")
@@ -456,6 +459,8 @@ def draw(metrics: pd.DataFrame, folder: Path) -> None:
         cell.set_title(f"exponent {slopes[axis]:.2f}", fontsize=9)
         cell.set_xticks(frame[axis], [f"{value:g}" for value in frame[axis]])
         cell.minorticks_off()
+        cell.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        cell.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes[0][0].set_ylabel("value and gradient, ms")
     figure.tight_layout()
     plotting.save(figure, folder, "growth")
