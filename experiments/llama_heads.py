@@ -295,7 +295,7 @@ def compute_layer(
             advance(part.name)
         write_arrays(run.path / f"keep_masks-layer{layer}-{method}.npz", **masks)
     where = config.example_of(source)
-    if layer == where[0]:
+    if layer == where[0] and set(config.methods) & set(EXAMPLE_METHODS):
         run.part("example", partial(compute_example, run, problems, *where, config))
 
 
