@@ -18,7 +18,10 @@ from jaxprune.models.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityConfig:
-    """Perplexity of a model on a text, with its protocol."""
+    """Perplexity of a model on a text, with its protocol.
+
+    Example: python experiments/perplexity.py --model zoo --text zoo --seqlen 256
+    """
 
     model: str = "zoo"
     """zoo, a Hugging Face folder, or owner/name on the hub."""

@@ -39,7 +39,10 @@ LLAMA_3_2_1B = LlamaConfig(
 
 @dataclass(frozen=True)
 class Config:
-    """Write a random checkpoint of the shape of Llama-3.2-1B, bfloat16, 2.5 GB."""
+    """Write a random checkpoint of the shape of Llama-3.2-1B, bfloat16, 2.5 GB.
+
+    Example: python experiments/random_llama.py --out /tmp/random-1b
+    """
 
     out: Path
     """folder of the checkpoint; must not exist"""

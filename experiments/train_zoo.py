@@ -45,7 +45,10 @@ _STATE = "state.npz"
 
 @dataclasses.dataclass(frozen=True)
 class ZooConfig:
-    """Train the embedded tiny Llama."""
+    """Train the embedded tiny Llama.
+
+    Example: python experiments/train_zoo.py --out runs/zoo --resume
+    """
 
     out: Path = Path("runs/zoo")
     """Folder of the run; the model appears in its subfolder zoo."""

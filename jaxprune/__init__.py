@@ -4,6 +4,7 @@ from jaxprune import baselines
 from jaxprune.attention import attention_matrix, relative_error
 from jaxprune.baselines import PrunedLinear
 from jaxprune.errors import InputError
+from jaxprune.factored import PrunedQueryKey, prune_query_key
 from jaxprune.fused import PrunedAttention, prune_attention
 from jaxprune.objective import closed_form_gradient, mask_loss, softmax_error
 from jaxprune.sparsity import Sparsity
@@ -12,12 +13,14 @@ __all__ = [
     "InputError",
     "PrunedAttention",
     "PrunedLinear",
+    "PrunedQueryKey",
     "Sparsity",
     "attention_matrix",
     "baselines",
     "closed_form_gradient",
     "mask_loss",
     "prune_attention",
+    "prune_query_key",
     "relative_error",
     "softmax_error",
 ]

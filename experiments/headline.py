@@ -1,0 +1,131 @@
+"""The README's table, from the saved metrics of ``ablation.py``.
+
+``make headline`` makes the run and then calls this script. It copies the run's metrics and
+settings to ``docs/headline``, from where the table can be written again without the run, and puts
+the table between the markers of the README.
+
+Example:
+  python experiments/headline.py --run runs/headline
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from jaxprune.cli import Flag, run_script
+from jaxprune.errors import InputError
+from jaxprune.runs import check_writable, read_json, read_metrics, replacing
+
+BEGIN, END = "<!-- headline: written by `make headline` -->", "<!-- end of headline -->"
+KEPT = ("metrics.csv", "config.json", "environment.json")
+METHODS = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "mask_only": "descent, kept weights untouched",
+    "descent": "**descent**",
+}
+COLUMNS = (
+    *("variant", "sparsity", "seed", "calibration_error", "heldout_error"),
+    *("perplexity_gap", "dense_perplexity"),
+)
+SAVED = Path("docs/headline")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write the table of the README from a run of ablation.py.
+
+    Example: python experiments/headline.py --run runs/headline
+    """
+
+    run: Path = SAVED
+    """folder of a finished run of ablation.py"""
+    readme: Path = Path("README.md")
+    """file with the markers"""
+    saved: Path = SAVED
+    """where metrics and settings of the run are kept"""
+    show: Flag = False
+    """only print the table"""
+
+
+def spread(values: pd.Series) -> str:
+    """Mean, and half the range where there are several seeds."""
+    mean = values.mean()
+    digits = 4 if mean < 0.1 else 3 if mean < 1 else 2
+    text = f"{mean:.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {(values.max() - values.min()) / 2:.{digits}f}"
+    return text
+
+
+def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
+    """A Markdown table of methods by sparsity, and a sentence on how it was measured."""
+    missing = [name for name in METHODS if name not in set(metrics["variant"])]
+    if missing:
+        raise InputError(f"--run: no rows of {', '.join(missing)} in its metrics; see --help")
+    dense = metrics["dense_perplexity"].iloc[0]
+    rows: list[dict[str, str]] = []
+    for sparsity in dict.fromkeys(metrics["sparsity"]):
+        for name, label in METHODS.items():
+            here = metrics[(metrics["sparsity"] == sparsity) & (metrics["variant"] == name)]
+            rows.append(
+                {
+                    "pruned": str(sparsity),
+                    "method": label,
+                    "perplexity": spread(here["perplexity_gap"] + dense),
+                    "attention error, held-out": spread(here["heldout_error"]),
+                    "on calibration": spread(here["calibration_error"]),
+                }
+            )
+    shown = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    text = config["text"] or config["calibration"]
+    return (
+        f"{shown}\n\n"
+        f"`W_Q` and `W_K` of every layer of `{config['model']}`; dense perplexity {dense:.2f}. "
+        f"Calibrated on {config['windows']} windows of {config['seqlen']} tokens of "
+        f"`{config['calibration']}`; perplexity and held-out error on text of `{text}` that was "
+        f"not calibrated on; {config['steps']} steps a block. Descents: mean of {config['seeds']} "
+        "seeds ± half their range; the baselines have no randomness."
+    )
+
+
+def replaced(readme: str, text: str, name: Path) -> str:
+    """The README with ``text`` between its markers."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise InputError(f"--readme {name}: expected one line `{BEGIN}` and one `{END}`")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def body(config: Config) -> None:
+    """Read, write."""
+    text = table(read_metrics(config.run, COLUMNS), read_json(config.run / "config.json"))
+    print(text)
+    if config.show:
+        return
+    if not config.readme.is_file():
+        raise InputError(f"--readme {config.readme}: no such file")
+    page = replaced(config.readme.read_text(), text, config.readme)
+    check_writable(config.saved, "--saved")
+    if config.run.resolve() != config.saved.resolve():
+        for name in KEPT:
+            shutil.copyfile(config.run / name, config.saved / name)
+    with replacing(config.readme) as partial:
+        partial.write_text(page)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run_script(Config, body, argv, "headline.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
