@@ -36,9 +36,9 @@ def gradual_descent(
 ) -> Descent:
     """A descent on the kept weights under a mask that tightens, ready to run.
 
-    Adam with cosine decay moves the weights; the mask is the best-ranked part of the current
-    weights, its size on a cubic schedule; a penalty pulls to the dense weights. Steps and penalty
-    are in units of the mean ``|w|`` of each matrix, so that the scale of the weights cancels.
+    Adam with warm-up and cosine decay moves the weights; the mask is the best-ranked part of the
+    current weights, its size on a cubic schedule; a penalty pulls to the dense weights. Steps and
+    penalty are in units of the mean ``|w|`` of each matrix, so that the scale of weights cancels.
 
     Args:
       objective: effective weights and batch to a scalar.
@@ -54,7 +54,10 @@ def gradual_descent(
       **options: further fields of ``Descent``.
     """
     scales = jax.tree.map(lambda w: jnp.mean(jnp.abs(w)), weights)
-    decay = optax.cosine_decay_schedule(1.0, max(steps, 1))
+    # While nothing is dropped the gradient may be rounding alone, of which Adam would make a step
+    # of full size: the mask tightens from the first step, and steps grow from zero.
+    decay = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, max(steps, 1))
+    tightening = cubic_sparsity(max(steps, 1), until=tightened)
 
     def penalty(variable: Weights) -> Float[Array, ""]:
         distances = jax.tree.map(
@@ -72,7 +75,7 @@ def gradual_descent(
         relaxation=gradual(
             sparsity,
             rank,
-            schedule=cubic_sparsity(max(steps, 1), until=tightened),
+            schedule=lambda step: tightening(step + 1),
             group=group,
         ),
         optimizer=optimizer,
