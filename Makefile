@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Tests mostly compile, which one process does on one core.
 PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
+# A package with __all__ shows its modules in the API reference only if they are named.
+MODULES = $(sort $(subst /,.,$(patsubst %/__init__,%,$(basename $(shell find jaxprune -name '*.py')))))
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep figures test test-fast mutants coverage bench bench-gpu lint format clean
+.PHONY: help env sweep headline figures gallery docs test test-fast mutants coverage bench bench-gpu lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | expand -t 14
@@ -19,8 +21,14 @@ $(READY): pyproject.toml constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group dev
 	touch $(READY)
 
+env: $(READY) ## the environment alone, in .venv
+
 sweep: $(READY) ## the paper's synthetic experiment (Figure 2): runs/synthetic
 	$(BIN)/python experiments/synthetic.py --resume --out runs/synthetic
+
+headline: $(READY) ## the README's table, from a run of its own: runs/headline
+	$(BIN)/python experiments/ablation.py --variants descent mask_only wanda sparsegpt magnitude --sparsity 0.5 0.7 2:4 --seeds 3 --resume --out runs/headline
+	$(BIN)/python experiments/headline.py --run runs/headline
 
 figures: $(READY) ## draw the figures of finished runs again from their saved metrics
 	@for name in synthetic llama_heads fused_perplexity regimes convergence benchmark; do \
@@ -28,6 +36,13 @@ figures: $(READY) ## draw the figures of finished runs again from their saved me
 	    $(BIN)/python experiments/$$name.py --redraw --out runs/$$name || exit $$?; \
 	  fi; \
 	done
+
+gallery: $(READY) ## docs/gallery.md with the figures of finished runs
+	$(BIN)/python experiments/gallery.py
+
+docs: $(READY) ## API reference from docstrings: docs/api/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group docs
+	PYTHONWARNINGS='ignore:Error parsing type annotation,ignore:The module specification' $(BIN)/python -m pdoc --docformat google --output-directory docs/api $(MODULES)
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest -q $(PARALLEL)

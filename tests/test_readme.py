@@ -1,16 +1,114 @@
-"""The README's example runs as it is printed."""
+"""The README's examples run as they are printed, its commands have flags that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+import pytest
+
+from jaxprune.cli import parse_flags
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text()
+PAGES = {
+    name: (REPOSITORY / name).read_text()
+    for name in ("README.md", "CONTRIBUTING.md", "docs/experiments.md", "docs/gallery.md")
+}
+CONFIGS = {"perplexity": "PerplexityConfig"}
 
 
-def test_the_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    names = {}
-    exec(compile(example, "README.md", "exec"), names)
-    errors = [float(number) for number in capsys.readouterr().out.split()]
-    assert len(errors) == 4
-    assert all(0 < error < 1 for error in errors)
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands(text):
+    """Commands in code blocks, and those in backquotes that are no patterns of a command."""
+    lines = "".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:python experiments/|make )[^`\[]*)`", text)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def called(word):
+    """Scripts of experiments/ with their flags, on any page."""
+    for page, text in PAGES.items():
+        for command in commands(text):
+            scripts = [c for c in command if re.fullmatch(word, c)]
+            if scripts:
+                flags = command[command.index(scripts[0]) + 1 :]
+                yield pytest.param(scripts[0], flags, id=f"{page}: {' '.join(command)[-60:]}")
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """Names that the blocks define and what each of them prints, all run in order."""
+    import contextlib
+    import io
+
+    names, outputs = {}, []
+    with contextlib.chdir(tmp_path_factory.mktemp("readme")):
+        for block in blocks(README, "python"):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block, "README.md", "exec"), names)
+            outputs.append(out.getvalue())
+        names["files"] = sorted(f.name for f in Path("pruned").iterdir())
+    return names, outputs
+
+
+@pytest.mark.slow
+def test_the_examples_run(printed):
+    names, outputs = printed
+    assert len(outputs) == 4
+    for output in outputs[:2]:
+        errors = [float(number) for number in output.split()]
+        assert len(errors) == 2
+        assert all(0 < error < 1 for error in errors)
     assert names["wanda"].keep_mask.shape == (3, 16, 4)
+    assert names["layer"].calibration_error.shape == (4,)
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_the_example_is_written(printed):
+    names, outputs = printed
+    rows = [line.split() for line in outputs[3].splitlines()]
+    assert [(int(block), float(kept)) for block, kept, _ in rows] == [(i, 0.5) for i in range(6)]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names["files"])
+
+
+@pytest.mark.parametrize(("path", "flags"), list(called(r"experiments/\w+\.py")))
+def test_commands_have_flags_that_exist(script, path, flags):
+    module = script(Path(path).stem)
+    config = getattr(module, CONFIGS.get(Path(path).stem, "Config"))
+    parsed = parse_flags(config, flags, path)
+    if hasattr(parsed, "check") and getattr(parsed, "repeat", None) is None:
+        parsed.check()
+
+
+def test_make_has_every_target_named():
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    named = {
+        word
+        for text in PAGES.values()
+        for command in commands(text)
+        if command[:1] == ["make"]
+        for word in command[1 : command.index("&&") if "&&" in command else None]
+        if re.fullmatch("[a-z-]+", word)
+    }
+    assert {"sweep", "test"} <= named <= set(targets)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/paper.md", "CHANGELOG.md"])
+def test_links_lead_to_files(page):
+    text = (REPOSITORY / page).read_text()
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        if not link.startswith("https://"):
+            assert ((REPOSITORY / page).parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "experiments").glob("*.py")), ids=str)
+def test_help_of_every_script_has_an_example(path, script, capsys, monkeypatch):
+    if path.stem == "torch_forms":  # a module of benchmark.py
+        return
+    monkeypatch.syspath_prepend(path.parent)  # as when it is run
+    with pytest.raises(SystemExit):
+        script(path.stem).main(["--help"])
+    assert f"experiments/{path.name} " in capsys.readouterr().out

@@ -1,0 +1,85 @@
+"""The README's table from metrics."""
+
+import json
+
+import pandas as pd
+import pytest
+
+
+@pytest.fixture
+def headline(script):
+    return script("headline")
+
+
+@pytest.fixture
+def run(headline, tmp_path):
+    """A finished run of ablation.py with made-up numbers."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rows = [
+        {
+            "variant": name,
+            "sparsity": sparsity,
+            "seed": seed,
+            "calibration_error": 0.25,
+            "heldout_error": 0.5 + 0.1 * seed,
+            "perplexity_gap": 1.0 + seed,
+            "dense_perplexity": 20.0,
+        }
+        for sparsity in ("0.5", "2:4")
+        for name in headline.METHODS
+        for seed in range(2 if name in ("descent", "mask_only") else 1)
+    ]
+    pd.DataFrame(rows).to_csv(folder / "metrics.csv", index=False)
+    settings = {"model": "zoo", "calibration": "zoo", "text": None, "windows": 7, "seqlen": 9}
+    (folder / "config.json").write_text(json.dumps(settings | {"steps": 5, "seeds": 2}))
+    (folder / "environment.json").write_text("{}")
+    return folder
+
+
+def flags(run, readme, saved):
+    return ["--run", str(run), "--readme", str(readme), "--saved", str(saved)]
+
+
+def test_the_table_goes_between_the_markers_and_can_be_made_again(headline, run, tmp_path):
+    readme, saved = tmp_path / "README.md", tmp_path / "saved"
+    readme.write_text(f"before\n{headline.BEGIN}\nold\n{headline.END}\nafter\n")
+    assert headline.main(flags(run, readme, saved)) == 0
+    page = readme.read_text()
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter\n")
+    assert "old" not in page
+    lines = [[c.strip() for c in line.split("|")] for line in page.splitlines() if "|" in line]
+    found = {(row[1], row[2]): row[3:6] for row in lines[2:]}
+    assert len(found) == 2 * len(headline.METHODS)
+    assert found["0.5", "Wanda"] == ["21.00", "0.500", "0.250"]
+    assert found["2:4", "**descent**"] == ["21.50 ± 0.50", "0.550 ± 0.050", "0.250 ± 0.000"]
+    assert headline.main(flags(saved, readme, saved)) == 0
+    assert readme.read_text() == page
+
+
+def test_what_does_not_fit_is_one_line(headline, run, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    assert headline.main(flags(run, readme, tmp_path)) == 2
+    readme.write_text("no markers")
+    assert headline.main(flags(run, readme, tmp_path)) == 2
+    metrics = pd.read_csv(run / "metrics.csv")
+    metrics[metrics["variant"] != "wanda"].to_csv(run / "metrics.csv", index=False)
+    assert headline.main(flags(run, readme, tmp_path)) == 2
+    assert readme.read_text() == "no markers"
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("error: ")[2][:8] for line in lines] == [
+        "--readme",
+        "--readme",
+        "--run: n",
+    ]
+
+
+def test_the_readme_has_the_table_of_its_metrics(headline):
+    """What is printed is what the saved metrics say."""
+    root = headline.Path(__file__).parents[2]
+    page, saved = (root / "README.md").read_text(), root / headline.SAVED
+    table = headline.table(
+        headline.read_metrics(saved, headline.COLUMNS), headline.read_json(saved / "config.json")
+    )
+    assert headline.replaced(page, table, root / "README.md") == page
