@@ -70,10 +70,10 @@ class Config:
     """qk (W_Q and W_K) or all (the seven linear maps of a block)"""
     sparsity: str = "0.5"
     """fraction removed, or N:M along the inputs: 2:4 keeps 2 of every 4"""
-    no_refit: Flag = False
-    """descent learns the mask alone: kept weights stay exactly what they were"""
-    no_propagate: Flag = False
-    """descent calibrates every layer on the dense model, not on the one pruned so far"""
+    refit: bool = True
+    """descent lets kept weights adapt; else it learns the mask alone, and they stay as they were"""
+    propagate: bool = True
+    """descent calibrates on the model pruned so far; else every layer on the dense one"""
     steps: int | None = None
     """steps of the descent in every block; the preset's if left out"""
     batch: int = 8
@@ -110,8 +110,8 @@ class Config:
             method=self.method,
             targets=self.targets,
             sparsity=sparsity,
-            refit=not self.no_refit,
-            propagate=not self.no_propagate,
+            refit=self.refit,
+            propagate=self.propagate,
             steps=self.steps,
             batch=self.batch,
             seed=self.seed,

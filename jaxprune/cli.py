@@ -7,14 +7,17 @@ not allow it (disk full, no permission, out of memory), one line on standard err
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import jax
 import tyro
@@ -27,19 +30,71 @@ Config = TypeVar("Config")
 # A boolean flag without a `--no-` twin.
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 
+# Flags that scripts share, as `--help` groups them; a script's own come first.
+_GROUPS = {
+    "model and text": (
+        *("model", "input", "dtype", "calibration", "text"),
+        *("windows", "seqlen", "heldout", "bos_per_window", "layers", "heads"),
+    ),
+    "devices and memory": (
+        *("batch", "head_batch", "mesh", "coordinator", "processes", "process"),
+    ),
+    "run": ("seed", "out", "resume", "redraw", "repeat"),
+}
+
 
 def parse_flags(config_type: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
     """Parse ``argv`` into ``config_type``; a wrong flag is an ``InputError`` of one line."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            config = tyro.cli(config_type, args=argv, prog=prog)
+            config = _parse_grouped(config_type, argv, prog)
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
         raise InputError(f"{_one_line(shown.getvalue())} (see {prog} --help)") from None
     _check_sizes(config)
     return config
+
+
+def _parse_grouped(config_type: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
+    """Parse as ``tyro.cli(config_type)`` does, with flags in groups in the help."""
+    hints, texts = get_type_hints(config_type, include_extras=True), _field_texts(config_type)
+    members: dict[str, list[Any]] = {"": [], **{title: [] for title in _GROUPS}}
+    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
+        title = next((t for t, names in _GROUPS.items() if field.name in names), "")
+        shown = Annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
+        default = dataclasses.field(default=field.default)
+        members[title].append((field.name, shown, default))
+    groups = {
+        title.replace(" ", "_"): dataclasses.make_dataclass(title, fields, kw_only=True)
+        for title, fields in members.items()
+        if title and fields
+    }
+    whole = dataclasses.make_dataclass(
+        "Flags",
+        [*members[""], *groups.items()],
+        kw_only=True,
+        namespace={"__doc__": config_type.__doc__},
+    )
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[whole], args=argv, prog=prog)  # type: ignore[valid-type]
+    values = {name: getattr(parsed, name) for name, *_ in members[""]}
+    for name in groups:
+        values |= vars(getattr(parsed, name))
+    return config_type(**values)
+
+
+def _field_texts(config_type: type) -> dict[str, str]:
+    """What stands in quotes under each field of a dataclass."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            assert isinstance(text.value, ast.Constant)
+            texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts
 
 
 def _check_sizes(config: Any) -> None:
@@ -88,12 +143,15 @@ def recorded_config(config: Config, prog: str) -> Config:
             flag = field.name.replace("_", "-")
             raise InputError(f"--{flag}: a repetition takes --repeat and --out alone")
     argv = []
+    switches = {field.name for field in dataclasses.fields(given) if field.default is True}
     for name, value in runs.recorded(where).configuration.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, list):
             argv += [flag, *map(str, value)]
         elif value is True:
             argv.append(flag)
+        elif value is False and name in switches:
+            argv.append(f"--no-{flag[2:]}")
         elif value is not None and value is not False:
             argv.append(f"{flag}={value}")
     try:
