@@ -32,7 +32,11 @@ class Entry(NamedTuple):
     alt: str
 
 
-_HEADS = "python experiments/llama_heads.py --model zoo --calibration zoo --out runs/llama_heads"
+_HEADS = (
+    "python experiments/llama_heads.py --model zoo --calibration zoo --layers 3 --windows 64 "
+    "--seqlen 128 --out runs/llama_heads"
+)
+_ALL_HEADS = "python experiments/llama_heads.py --model zoo --calibration zoo --out runs/all_heads"
 _CONVERGENCE = "python experiments/convergence.py --out runs/convergence"
 _TUTORIAL = "python docs/tutorial.py"
 ENTRIES = {
@@ -53,8 +57,8 @@ ENTRIES = {
         "the first to the ninth decile of the heads.",
     ),
     "heads_map": Entry(
-        "llama_heads/figures/heads.png",
-        _HEADS,
+        "all_heads/figures/heads.png",
+        _ALL_HEADS,
         "Error of every head",
         "One map for each method, layers down and heads across, coloured by held-out error.",
     ),
@@ -145,7 +149,7 @@ class Config:
     """folder with the folders of the runs"""
     docs: Path = Path("docs")
     """folder of the page, with a folder for its figures"""
-    colours: int = 128
+    colours: int = 256
     """of the palette of a copied figure"""
 
 

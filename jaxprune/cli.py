@@ -60,10 +60,11 @@ def parse_flags(config_type: type[Config], argv: Sequence[str] | None, prog: str
 def _parse_grouped(config_type: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
     """Parse as ``tyro.cli(config_type)`` does, with flags in groups in the help."""
     hints, texts = get_type_hints(config_type, include_extras=True), _field_texts(config_type)
+    annotated: Any = Annotated  # of types that are values here
     members: dict[str, list[Any]] = {"": [], **{title: [] for title in _GROUPS}}
     for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
         title = next((t for t, names in _GROUPS.items() if field.name in names), "")
-        shown = Annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
+        shown = annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
         default = dataclasses.field(default=field.default)
         members[title].append((field.name, shown, default))
     groups = {
@@ -77,7 +78,7 @@ def _parse_grouped(config_type: type[Config], argv: Sequence[str] | None, prog: 
         kw_only=True,
         namespace={"__doc__": config_type.__doc__},
     )
-    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[whole], args=argv, prog=prog)  # type: ignore[valid-type]
+    parsed: Any = tyro.cli(whole, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     values = {name: getattr(parsed, name) for name, *_ in members[""]}
     for name in groups:
         values |= vars(getattr(parsed, name))

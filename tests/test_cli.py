@@ -96,6 +96,15 @@ def test_help_describes_every_flag(capsys):
         assert text in shown
 
 
+def test_help_groups_the_flags_that_scripts_share(capsys):
+    with pytest.raises(SystemExit):
+        run_script(Config, print, ["--help"], "tool.py")
+    boxes = capsys.readouterr().out.partition("What the script is for")[2]  # after the usage
+    own, _, shared = boxes.partition("run options")
+    assert [flag in own for flag in ("--ratio", "--k", "--out", "--resume")] == [1, 1, 0, 0]
+    assert [flag in shared for flag in ("--ratio", "--k", "--out", "--resume")] == [0, 0, 1, 1]
+
+
 @pytest.fixture
 def cache_settings():
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
