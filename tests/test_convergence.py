@@ -105,6 +105,20 @@ class TestCurvature:
         assert found.value <= spectrum.max() + MARGIN * np.abs(spectrum).max()
         np.testing.assert_allclose(jnp.linalg.norm(found.vector), 1, rtol=1e-5)
 
+    @pytest.mark.parametrize("gap", [0.02, 0.05, 0.2])
+    @pytest.mark.parametrize("start", [None, jnp.zeros(256), jnp.eye(256)[0]])
+    def test_finds_one_eigenvalue_a_little_above_many_that_are_alike(self, gap, start):
+        """A random vector is nearly an eigenvector then: a small residual says nothing yet."""
+        spectrum = jnp.ones(256).at[255].set(1 + gap)
+        found = curvature(lambda v: 0.5 * jnp.sum(spectrum * v**2), jnp.ones(256), start=start)
+        np.testing.assert_allclose(found.value, 1 + gap, rtol=1e-3)
+        assert found.products <= 10
+
+    def test_multiplies_at_the_highest_precision(self):
+        """By default accelerators multiply float32 with three digits."""
+        program = str(jax.make_jaxpr(lambda v: curvature(lambda v: jnp.sum(v**4), v))(jnp.ones(5)))
+        assert program.count("dot_general") == program.count("(Precision.HIGHEST,") > 0
+
     def test_of_a_flat_function_is_zero_and_of_one_variable_exact(self):
         assert curvature(lambda v: v.sum(), jnp.ones(5)).value == 0
         found = curvature(lambda v: 3 * v[0] ** 2, jnp.ones(1))
