@@ -30,10 +30,12 @@ from jaxprune.steps import (
 from jaxprune.theorem import (
     StepRecord,
     StepSeries,
+    is_above,
     iteration_bound,
     iterations_used,
     per_step,
     pl_envelope,
+    smallest_square,
     step_series,
 )
 
@@ -208,10 +210,12 @@ def _report(
     loss, before, after = series.loss, series.loss[:-1], series.loss[1:]
     squares = series.squared_gradient_norm
     finite = jnp.isfinite(before) & jnp.isfinite(squares)
-    moving = finite & (squares > 0)
+    # Where squares underflow neither direction nor step size can be told.
+    moving = finite & (squares > smallest_square(squares.dtype))
     slack = tolerance * jnp.maximum(jnp.abs(before), jnp.abs(after))
     size = jnp.where(record.step_size > 0, record.step_size, jnp.nan)
-    promised = jnp.where(record.squared_step_norm > 0, record.squared_step_norm / (2 * size), 0)
+    moved = moving & (record.squared_step_norm > 0)
+    promised = jnp.where(moved, record.squared_step_norm / (2 * size), 0)
     broken = _first(~(after <= before - promised + slack))
     ratios = jnp.where(promised > slack, series.step_ratio, jnp.inf)
     low, high = (
@@ -241,7 +245,7 @@ def _report(
         not_finite=_first(~finite),
         xi=xi,
         mu=mu,
-        pl_broken=_first((before > xi) & (squares == 0)),
+        pl_broken=_first(is_above(before, xi) & (squares == 0)),
         initial_loss=loss[0],
         epsilon=epsilon,
         bound=iteration_bound(mu, epsilon, low, loss[0]),

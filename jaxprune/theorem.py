@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, PyTree
 
 from jaxprune.descent import StepView, Trace
 from jaxprune.errors import InputError
@@ -33,7 +33,8 @@ class StepRecord:
     Attributes:
       step_size: ``η = −⟨u, ∇L⟩/‖∇L‖²`` of the update ``u``; 0 where the gradient is zero.
       squared_step_norm: ``‖M_t − M_{t+1}‖²``, rounding of the iterates included.
-      misalignment: squared sine of the angle between ``u`` and ``∇L``: zero for gradient descent.
+      misalignment: squared sine of the angle between ``u`` and ``∇L``: zero for gradient descent,
+        and where their squares underflow.
       projected: fraction of entries that the projection changed.
       same_objective: whether the step minimised the same function as the next one will.
     """
@@ -56,11 +57,13 @@ def per_step(view: StepView) -> StepRecord:
     gradient = _inner_product(view.gradient, view.gradient)
     length = _inner_product(view.updates, view.updates)
     inner = _inner_product(view.updates, view.gradient)
-    norms = jnp.sqrt(gradient) * jnp.sqrt(length)  # the product of the squares may underflow
+    # Squares that underflow tell no direction; the product of those that do not may underflow.
+    clear = jnp.minimum(gradient, length) > smallest_square(gradient.dtype)
+    norms = jnp.where(clear, jnp.sqrt(gradient) * jnp.sqrt(length), 1)
     return StepRecord(
         step_size=jnp.where(gradient > 0, -inner / jnp.where(gradient > 0, gradient, 1), 0),
         squared_step_norm=_inner_product(change, change),
-        misalignment=jnp.where(norms > 0, 1 - (inner / jnp.where(norms > 0, norms, 1)) ** 2, 0),
+        misalignment=jnp.where(clear, 1 - (inner / norms) ** 2, 0),
         projected=_share_changed(view.moved, view.projected),
         same_objective=view.same_objective,
     )
@@ -130,6 +133,21 @@ def step_series(trace: Trace) -> StepSeries:
     )
 
 
+def smallest_square(dtype: DTypeLike) -> float:
+    """A squared norm below which what underflows in its sum may be seen in its digits."""
+    return float(jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps)
+
+
+def is_above(loss: Float[Array, "..."], xi: ArrayLike) -> Bool[Array, "..."]:
+    """Whether a loss is above ``ξ`` by more than rounding and underflow; NaN counts as above.
+
+    Rounding is 1024 units in the last place of the larger of the two.
+    """
+    rounding = 1024 * float(jnp.finfo(loss.dtype).eps)
+    larger = jnp.maximum(jnp.abs(loss), jnp.abs(xi))
+    return ~(loss - xi <= smallest_square(loss.dtype) + rounding * larger)
+
+
 @jax.jit
 def pl_envelope(
     loss: Float[Array, " steps"],
@@ -156,15 +174,11 @@ def pl_envelope(
 
     Source: Liang et al. 2025, Def. 5.1; the minimum over a run is ours.
     """
-    limits = jnp.finfo(loss.dtype)
-    rounding, smallest = 1024 * limits.eps, limits.tiny / limits.eps
     power = squared_gradient_norm ** (jnp.asarray(alpha) / 2)
 
     def one(xi: Array) -> Array:
-        gap = loss - xi
-        # NaN compares false and so counts as above: it must show in the result.
-        above = ~(gap <= smallest + rounding * jnp.maximum(jnp.abs(loss), jnp.abs(xi)))
-        return jnp.min(jnp.where(above, 2 * power / jnp.where(above, gap, 1), jnp.inf))
+        above = is_above(loss, xi)
+        return jnp.min(jnp.where(above, 2 * power / jnp.where(above, loss - xi, 1), jnp.inf))
 
     candidates = jnp.asarray(xi, loss.dtype)
     return jax.vmap(one)(candidates.reshape(-1)).reshape(candidates.shape)

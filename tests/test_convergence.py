@@ -516,6 +516,18 @@ class TestReport:
             assert words in text
         assert "not reached" not in text
 
+    @pytest.mark.parametrize("rate", [0.2, 1e-3, 30.0])
+    def test_a_run_down_to_zero_is_gradient_descent_to_the_end(self, key, rate):
+        """Squares of the gradient and of the step underflow on the way, not at the same step."""
+        spectrum = np.linspace(1, 4, 12) * 0.2 / rate
+        fun, _ = quadratic(key, spectrum)
+        run = plain_descent(fun, jnp.ones(12), optax.sgd(rate), 800)
+        assert run.trace.squared_gradient_norm[-1] == 0
+        found = report(run.trace, lipschitz=1.001 * spectrum.max())
+        assert found.held, found.describe()
+        np.testing.assert_allclose(found.mu, 4 * spectrum.min(), rtol=0.01)
+        np.testing.assert_allclose(found.step_size_low, rate, rtol=1e-3)
+
     def test_loss_that_overflows_is_named(self):
         run = plain_descent(lambda v: jnp.sum(v**4), jnp.ones(3), optax.sgd(1e4), 20)
         found = report(run.trace)
