@@ -116,3 +116,28 @@ def test_exponents_are_slopes_of_what_every_head_reached(convergence):
 @pytest.mark.parametrize(("count", "quantile"), [(2, 12.706), (4, 3.182), (5, 2.776), (31, 2.042)])
 def test_quantiles_are_students(convergence, count, quantile):
     np.testing.assert_allclose(convergence.student(count), quantile, rtol=0.01)
+
+
+def test_dependence_counts_updates_and_their_operations(convergence):
+    """Used ∝ n^0.5 λ^-1, and operations 4nd(n + d) an update on top of it."""
+    points = [(lam, 64, 32) for lam in (0.1, 1.0, 10.0)]
+    points += [(1.0, n, 32) for n in (32, 128)]
+    rows = [
+        {
+            "kind": "accuracy",
+            **{"setting": "synthetic", "lam": lam, "n": n, "d": d, "head": head},
+            **{"epsilon": 0.01, "used": (100 + head) * n**0.5 / lam},
+            **dict.fromkeys(("bound", "bound_certified", "mu", "curvature_start"), np.inf),
+        }
+        for lam, n, d in points
+        for head in range(3)
+    ]
+    found = convergence.dependence(pd.DataFrame(rows)).set_index(["variable", "quantity"])
+    np.testing.assert_allclose(found.loc[("lam", "used"), "exponent"], -1)
+    np.testing.assert_allclose(found.loc[("lam", "operations"), "exponent"], -1)
+    np.testing.assert_allclose(found.loc[("n", "used"), "exponent"], 0.5)
+    extra = np.log((128 + 32) / (32 + 32)) / np.log(4)  # slope of n + d over the ends
+    np.testing.assert_allclose(found.loc[("n", "operations"), "exponent"], 1.5 + extra, atol=1e-9)
+    assert "d" not in found.index.get_level_values(0)  # one value: no slope
+    assert "bound" not in found.index.get_level_values(1)  # infinite
+    assert convergence.operations(3, 5) == 2 * (3 * 5 * 5 + 3 * 3 * 5) * 2
