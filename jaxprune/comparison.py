@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.attention import contract, relative_error
 from jaxprune.baselines import PrunedLinear, magnitude, sparsegpt, wanda
+from jaxprune.errors import InputError
 from jaxprune.fused import algorithm1, algorithm1_grid, prune_attention
 from jaxprune.sparsity import Sparsity, keep_mask
 
@@ -170,8 +171,14 @@ def judge(
     weight: Float[Array, "p r d d"],
     keep_masks: tuple[Bool[Array, "p r _ _"], ...],
 ) -> Outcome:
-    """Errors of pruned heads and what they store."""
+    """Errors of pruned heads and what they store.
+
+    Raises:
+      InputError: logits beyond float32.
+    """
     calibration, heldout = _errors(problems.x, problems.x_heldout, problems.w, weight)
+    if not all(bool(jnp.isfinite(error).all()) for error in (calibration, heldout)):
+        raise InputError("attention is not finite: activations or weights are too large")
     stored = [mask.sum(axis=(-1, -2)) for mask in keep_masks]
     return Outcome(calibration, heldout, jnp.asarray(sum(stored)), keep_masks)
 

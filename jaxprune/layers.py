@@ -170,7 +170,7 @@ def read_layer(path: Path) -> FusedProblem:
     x = x[None] if x.ndim == 2 else x
     heldout = arrays.get("x_heldout")
     if heldout is None:
-        quarter = x.shape[0] // 4
+        quarter = len(np.atleast_1d(x)) // 4
         if not quarter:
             raise InputError(f"--input {path}: no x_heldout, and x has fewer than 4 sequences")
         print(f"no x_heldout: the last {quarter} of {x.shape[0]} sequences are held out")

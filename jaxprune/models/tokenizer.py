@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,24 @@ from jaxtyping import Int
 
 from jaxprune.errors import InputError
 from jaxprune.runs import read_json
+
+
+@contextlib.contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    """What the library raises as one line; its panics are no ``Exception``, and print more."""
+    shown = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    except (KeyboardInterrupt, MemoryError, InputError):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise InputError(f"{what} ({error})") from None
+    finally:
+        os.dup2(shown, 2)
+        for handle in (shown, nowhere):
+            os.close(handle)
 
 
 class Tokenizer:
@@ -37,12 +57,12 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(f"{folder}: holds no tokenizer.json, the one kind of tokenizer read")
-        try:
+        with _one_line_errors(f"{file}: not a tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-            raise InputError(f"{file}: not a tokenizer ({error})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):  # other tokens at every reading
+            self._tokenizer.model.dropout = None
         self.bos_id = self._bos()
         if self.bos_id is not None:
             self._check(np.array([self.bos_id]))
@@ -52,14 +72,18 @@ class Tokenizer:
         settings = folder / "tokenizer_config.json"
         settings_there: dict[str, Any] = read_json(settings) if os.path.lexists(settings) else {}
         adds = settings_there.get("add_bos_token")
+        if not isinstance(adds, bool | None):
+            raise InputError(f"{settings}: add_bos_token must be true or false, not {adds!r:.40}")
         named = settings_there.get("bos_token")
         named = named.get("content") if isinstance(named, dict) else named
         if named is not None:
-            bos = self._tokenizer.token_to_id(str(named))
+            with _one_line_errors(f"{settings}: bos_token is no text"):
+                bos = self._tokenizer.token_to_id(str(named))
         else:
             bos = read_json(folder / "config.json").get("bos_token_id")
         if adds is None:
-            adds = bos is not None and self._tokenizer.encode("").ids[:1] == [bos]
+            with _one_line_errors(f"{folder / 'tokenizer.json'}: does not tokenise"):
+                adds = bos is not None and self._tokenizer.encode("").ids[:1] == [bos]
         if not adds:
             return None
         if isinstance(bos, bool) or not isinstance(bos, int):
@@ -72,11 +96,14 @@ class Tokenizer:
         Raises:
           InputError: the text is no valid Unicode, or an id is beyond the embedding.
         """
-        try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeError):
-            raise InputError("the text holds lone surrogates, which are not characters") from None
-        return self._check(np.array(ids, np.int32))
+        with _one_line_errors(f"{self._folder / 'tokenizer.json'}: does not tokenise the text"):
+            try:
+                ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            except (TypeError, UnicodeError):
+                raise InputError(
+                    "the text holds lone surrogates, which are not characters"
+                ) from None
+        return self._check(np.array(ids, np.int64)).astype(np.int32)
 
     def _check(self, ids: np.ndarray) -> np.ndarray:
         if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
