@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ from jaxprune.factored import (
 )
 from jaxprune.fused import DECAYS, algorithm1
 from jaxprune.objective import fused_error
-from jaxprune.runs import RunFolder, read_metrics, replacing
+from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
 from jaxprune.sharding import connect, over_mesh, use_mesh
 from jaxprune.sparsity import Sparsity
 
@@ -72,6 +72,7 @@ GROWTH = {
     "heads": [(512, 64, h) for h in (1, 4, 16, 64)],
 }
 RATE = 1024  # side of the product whose rate is "the rate measured"
+COLUMNS = Columns((), texts=("part",), sparse=("seconds",))
 PARTS = ("kernel", "loss", "algorithm1", "sweep", "baselines", "growth", "memory", "llama")
 
 
@@ -101,8 +102,12 @@ class Config:
     redraw: Flag = False
     """only draw the table and figure again from the metrics in --out"""
 
+    memory_flags: ClassVar[str] = "the number of --parts, or take --quick"
+
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work."""
+        if not self.parts:
+            raise InputError(f"--parts: expected some of {', '.join(PARTS)}")
         for part in self.parts:
             if part not in PARTS:
                 raise InputError(f"--parts {part}: expected some of {', '.join(PARTS)}")
@@ -507,7 +512,8 @@ def body(config: Config) -> None:
     """Measure part by part, then tabulate."""
     config.check()
     if config.redraw:
-        report_on(read_metrics(config.out), config.out, config.out / "figures")
+        with drawing_again(config.out):
+            report_on(read_metrics(config.out, COLUMNS), config.out, config.out / "figures")
         return
     one_device_per_core()
     if not torch_forms.available():

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from jaxprune import data, plotting
 from jaxprune.calibration import attention_inputs
-from jaxprune.cli import Flag, run_script
+from jaxprune.cli import Flag, check_positive, run_script
 from jaxprune.convergence import (
     StepRule,
     certified_lipschitz,
@@ -47,14 +47,19 @@ from jaxprune.models import llama
 from jaxprune.models.llama.files import checkpoint_hashes
 from jaxprune.models.tokenizer import Tokenizer
 from jaxprune.objective import mask_loss
-from jaxprune.runs import RunFolder, read_metrics, replacing
+from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
 from jaxprune.sparsity import Sparsity
 
 LOGITS_STD = 2.0
 # Accuracies ε as fractions of L(M_0) − ξ.
 ACCURACIES = tuple(float(10**-power) for power in np.arange(0.5, 4.01, 0.25))
 SHOWN_ACCURACY = 0.01
-COLUMNS = ("kind", "setting", "lam", "n", "d", "head", "epsilon", "used", "bound", "xi_share", "t")
+COLUMNS = Columns(
+    ("lam", "n", "d", "head"),
+    texts=("kind", "setting"),
+    known={"kind": ("accuracy", "step", "envelope")},
+    sparse=("epsilon", "xi_share", "t", "loss", "squared_gradient_norm", "initial_loss"),
+)
 QUANTITIES = ("used", "operations", "bound", "bound_certified", "mu", "curvature_start")
 CANDIDATES = 40  # ξ of an envelope
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -112,8 +117,7 @@ class Config:
             if smallest < least:
                 raise InputError(f"--{name} {smallest}: expected {least} or more")
         for lam in self.lam:
-            if not 0 < lam < float("inf"):
-                raise InputError(f"--lam {lam}: expected a positive number")
+            check_positive("--lam", lam)
         self.step_size()
 
     def step_size(self) -> float | StepRule:
@@ -684,7 +688,8 @@ def report_on(metrics: pd.DataFrame, folder: Path) -> None:
 def body(config: Config) -> None:
     """Run, or redraw."""
     if config.redraw:
-        report_on(read_metrics(config.out, COLUMNS), config.out)
+        with drawing_again(config.out):
+            report_on(read_metrics(config.out, COLUMNS), config.out)
         return
     config.check()
     model = None if config.model == "none" else ModelHeads(config)
@@ -704,7 +709,7 @@ def body(config: Config) -> None:
                 if done:  # read back, not computed: it says nothing about the rate
                     bar.initial += part.cost
                 bar.update(part.cost)
-        metrics = run.write_metrics(rows)
+        metrics = run.write_metrics(rows, COLUMNS)
     report_on(metrics, config.out)
 
 

@@ -40,14 +40,18 @@ from jaxprune.expansion import RotaryHead, rotary_algorithm1, rotary_descent
 from jaxprune.models import llama
 from jaxprune.models.llama.fused import expansion_cost, fused_losses, rotary_heads
 from jaxprune.models.tokenizer import Tokenizer
-from jaxprune.runs import RunFolder, read_metrics, replacing, write_arrays
+from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing, write_arrays
 from jaxprune.sparsity import Sparsity
 
 SEPARATE = ("magnitude", "wanda", "sparsegpt")
 WITHOUT_POSITIONS = ("fused_magnitude", "ranking", ALGORITHM1, "descent")
 WITH_POSITIONS = ("algorithm1_rope", "descent_rope")
 METHODS = (*SEPARATE, *WITHOUT_POSITIONS, *WITH_POSITIONS)
-COLUMNS = ("method", "ratio", "perplexity", "stored_weights")
+COLUMNS = Columns(
+    ("ratio", "perplexity", "stored_weights", "windows", "seqlen"),
+    texts=("method", "corpus"),
+    known={"method": ("dense", *METHODS)},
+)
 
 # Pairs of λ, in units of the gradient, and decay tried by Algorithm 1 on the logits with positions;
 # without positions the whole grid most often ends at these.
@@ -119,6 +123,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')}: expected 1 or more")
+        if not self.max_hours > 0:
+            raise InputError(f"--max-hours {self.max_hours:g}: expected more than 0")
         if self.rope_tokens < 2:
             raise InputError("--rope-tokens: expected 2 or more")
         if self.text == self.calibration and Path(self.text).is_file():
@@ -378,7 +384,8 @@ def report(metrics: pd.DataFrame, folder: Path) -> None:
 def body(config: Config) -> None:
     """Run, or redraw."""
     if config.redraw:
-        report(read_metrics(config.out, COLUMNS), config.out)
+        with drawing_again(config.out):
+            report(read_metrics(config.out, COLUMNS), config.out)
         return
     config.check()
     folder = llama.locate(config.model)
@@ -405,7 +412,7 @@ def body(config: Config) -> None:
                     point = method, row["ratio"]
                     stored[point] = stored.get(point, 0) + row["stored"]
             rows = list(rows_of(run, model, text, config, stored, bar))
-        metrics = run.write_metrics(rows)
+        metrics = run.write_metrics(rows, COLUMNS)
     report(metrics, config.out)
 
 

@@ -47,7 +47,9 @@ from jaxprune.comparison import (
 from jaxprune.errors import InputError
 from jaxprune.layers import Layers
 from jaxprune.runs import (
+    Columns,
     RunFolder,
+    drawing_again,
     read_arrays,
     read_metrics,
     replacing,
@@ -57,9 +59,10 @@ from jaxprune.runs import (
 from jaxprune.sparsity import Sparsity
 
 SHOWN = (ALGORITHM1, *METHODS)
-COLUMNS = (
-    *("layer", "head", "method", "ratio"),
-    *("calibration_error", "heldout_error", "stored_weights"),
+COLUMNS = Columns(
+    ("layer", "head", "ratio", "calibration_error", "heldout_error", "stored_weights"),
+    texts=("method",),
+    known={"method": SHOWN},
 )
 EXAMPLE = "attention.npz"
 EXAMPLE_METHODS = (ALGORITHM1, "descent", "wanda")
@@ -486,7 +489,8 @@ def report(metrics: pd.DataFrame, folder: Path) -> None:
 def body(config: Config) -> None:
     """Run, or redraw."""
     if config.redraw:
-        report(read_metrics(config.out, COLUMNS), config.out)
+        with drawing_again(config.out):
+            report(read_metrics(config.out, COLUMNS), config.out)
         return
     config.check()
     source = config.source()
@@ -506,7 +510,7 @@ def body(config: Config) -> None:
 
             for layer, problems in source.read():
                 rows += compute_layer(run, problems, layer, config, source, advance)
-        metrics = run.write_metrics(rows)
+        metrics = run.write_metrics(rows, COLUMNS)
     report(metrics, config.out)
 
 

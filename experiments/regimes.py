@@ -38,14 +38,18 @@ from jaxprune.attention import contract
 from jaxprune.cli import Flag, run_script
 from jaxprune.comparison import ALGORITHM1, FusedProblem, compare, judge, search_algorithm1
 from jaxprune.errors import InputError
-from jaxprune.runs import RunFolder, read_metrics, replacing
+from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
 from jaxprune.sparsity import Sparsity
 
 SYNTHETIC = {"isotropic": 0.0, "correlated": 1.0}  # exponents of the covariance's power law
 REAL = "real heads"
 BASELINE = "fused_magnitude"
 HELDOUT = 8
-COLUMNS = ("data", "logits_std", "tokens_per_entry", "method", "calibration_error", "heldout_error")
+COLUMNS = Columns(
+    ("logits_std", "tokens_per_entry", "index", "calibration_error", "heldout_error"),
+    texts=("data", "method"),
+    known={"method": (ALGORITHM1, BASELINE)},
+)
 
 
 @dataclass(frozen=True)
@@ -307,7 +311,8 @@ def report(metrics: pd.DataFrame, folder: Path) -> None:
 def body(config: Config) -> None:
     """Run, or redraw."""
     if config.redraw:
-        report(read_metrics(config.out, COLUMNS), config.out)
+        with drawing_again(config.out):
+            report(read_metrics(config.out, COLUMNS), config.out)
         return
     config.check()
     source = layers.from_model(config.model, config.calibration)
@@ -316,7 +321,7 @@ def body(config: Config) -> None:
         rows: list[dict] = []
         for name, data, std, tokens in tqdm(list(plan(config)), unit="point"):
             rows += run.part(name, partial(compute, data, std, tokens, config, real))
-        metrics = run.write_metrics(rows)
+        metrics = run.write_metrics(rows, COLUMNS)
     report(metrics, config.out)
 
 

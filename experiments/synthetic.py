@@ -31,7 +31,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from jaxprune import plotting
-from jaxprune.cli import Flag, run_script
+from jaxprune.cli import Flag, check_positive, run_script
 from jaxprune.comparison import (
     ALGORITHM1,
     METHODS,
@@ -42,14 +42,16 @@ from jaxprune.comparison import (
 )
 from jaxprune.errors import InputError
 from jaxprune.fused import DECAYS
-from jaxprune.runs import RunFolder, read_metrics, replacing
+from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
 from jaxprune.sparsity import Sparsity
 
 HELDOUT_SEQUENCES = 8
 SHOWN = (ALGORITHM1, *METHODS)
-COLUMNS = (
-    *("setting", "exponent", "k", "n", "lam", "ratio", "method", "seed"),
-    *("calibration_error", "heldout_error", "stored_weights"),
+COLUMNS = Columns(
+    ("exponent", "k", "n", "ratio", "seed", "calibration_error", "heldout_error", "stored_weights"),
+    texts=("setting", "method"),
+    known={"method": SHOWN},
+    sparse=("lam",),
 )
 
 
@@ -121,8 +123,7 @@ class Config:
             except InputError as error:
                 raise InputError(f"--ratio {ratio}: {error}") from None
         for lam in self.lam:
-            if not 0 < lam < float("inf"):
-                raise InputError(f"--lam {lam}: expected a positive number")
+            check_positive("--lam", lam)
         for name in self.settings:
             if name not in SETTINGS:
                 raise InputError(f"--settings {name}: expected some of {', '.join(SETTINGS)}")
@@ -404,7 +405,8 @@ def report(metrics: pd.DataFrame, run_folder: Path) -> None:
 def body(config: Config) -> None:
     """Run, or redraw."""
     if config.redraw:
-        report(read_metrics(config.out, COLUMNS), config.out)
+        with drawing_again(config.out):
+            report(read_metrics(config.out, COLUMNS), config.out)
         return
     config.check()
     with RunFolder(config.out, config, resume=config.resume) as run:
@@ -426,7 +428,7 @@ def body(config: Config) -> None:
                 if done:  # read back, not computed: it says nothing about the rate
                     bar.initial += part.cost
                 bar.update(part.cost)
-        metrics = run.write_metrics(rows)
+        metrics = run.write_metrics(rows, COLUMNS)
     report(metrics, config.out)
 
 

@@ -45,6 +45,7 @@ _GROUPS = {
 
 def parse_flags(config_type: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
     """Parse ``argv`` into ``config_type``; a wrong flag is an ``InputError`` of one line."""
+    _check_given(sys.argv[1:] if argv is None else argv)
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
@@ -53,7 +54,7 @@ def parse_flags(config_type: type[Config], argv: Sequence[str] | None, prog: str
         if stop.code in (0, None):  # --help
             raise
         raise InputError(f"{_one_line(shown.getvalue())} (see {prog} --help)") from None
-    _check_sizes(config)
+    _check_values(config)
     return config
 
 
@@ -98,15 +99,43 @@ def _field_texts(config_type: type) -> dict[str, str]:
     return texts
 
 
-def _check_sizes(config: Any) -> None:
-    """Raise ``InputError`` for whole numbers that no array index or seed of JAX can be."""
+def _check_given(argv: Sequence[str]) -> None:
+    """Raise ``InputError`` for an empty value, such as a shell makes of a variable that is not set.
+
+    As a path it would be the current folder.
+    """
+    flag = ""
+    for argument in argv:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            argument = value if equals else flag
+        if not argument:
+            raise InputError(f"{flag or 'an argument'}: is empty, expected a value")
+
+
+def _check_values(config: Any) -> None:
+    """Raise ``InputError`` for values that no flag takes.
+
+    Whole numbers that no array index or seed of JAX can be, and lists that name something twice:
+    it would count twice in means, and names of parts show six digits.
+    """
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        several = isinstance(value, tuple)
+        for number in value if several else (value,):
             if isinstance(number, int) and abs(number) >= 2**31:
-                raise InputError(
-                    f"--{field.name.replace('_', '-')} {number:.4g}: expected a number below 2^31"
-                )
+                raise InputError(f"{flag} {number:.4g}: expected a number below 2^31")
+        if several and "..." in str(field.type):
+            shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in value]
+            twice = [v for i, v in enumerate(shown) if v in shown[:i]]
+            if twice:
+                raise InputError(f"{flag} {twice[0]}: is there twice; give it once")
+
+
+def check_positive(flag: str, value: float) -> None:
+    """Raise ``InputError`` unless ``value`` is a positive number whose square float32 can hold."""
+    if not 1e-18 < value < 1e18:
+        raise InputError(f"{flag} {value:g}: expected a positive number between 1e-18 and 1e18")
 
 
 def _one_line(box: str) -> str:
@@ -114,9 +143,10 @@ def _one_line(box: str) -> str:
     message = []
     for line in box.splitlines()[1:]:
         text = line.strip("│╭╮╰╯ ")
-        if not text.strip("─"):
+        if text.strip("─-"):
+            message.append(text)
+        elif message:  # without Unicode there is a rule above the message too
             break
-        message.append(text)
     return " ".join(message) or box.strip()
 
 
@@ -145,7 +175,12 @@ def recorded_config(config: Config, prog: str) -> Config:
             raise InputError(f"--{flag}: a repetition takes --repeat and --out alone")
     argv = []
     switches = {field.name for field in dataclasses.fields(given) if field.default is True}
+    known = {field.name for field in dataclasses.fields(given)}
     for name, value in runs.recorded(where).configuration.items():
+        if name not in known:
+            raise InputError(
+                f"--repeat {where}: not a run of this version's {prog}: it has {name:.40}"
+            )
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, list):
             argv += [flag, *map(str, value)]
@@ -205,19 +240,23 @@ def run_script(
       argv: arguments without the program's name; ``None`` takes those of the process.
       prog: the script's name in messages.
     """
+    config: Any = None
     try:
-        config: Any = parse_flags(config_type, argv, prog)
+        config = parse_flags(config_type, argv, prog)
         original = getattr(config, "repeat", None)
         if original is not None:
             config = recorded_config(config, prog)
         use_compilation_cache()
         body(config)
-        return 0 if original is None else compare(original, config.out)
+        status = 0 if original is None else compare(original, config.out)
+        sys.stdout.flush()  # a full disk shows here, not while Python exits
+        return status
     except InputError as error:
         return _failed(prog, str(error))
     except OSError as error:
         # The disk, its permissions or limits: what was finished is kept, nothing is half-written.
-        where = f"{error.filename}: " if error.filename else ""
+        out = getattr(config, "out", None)
+        where = f"{error.filename}: " if error.filename else f"--out {out}: " if out else ""
         return _failed(prog, f"{where}{error.strerror or error}{_continues(config_type)}")
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not _out_of_memory(error):
@@ -231,7 +270,9 @@ def run_script(
 
 def _failed(prog: str, message: str) -> int:
     """Print one line and return the exit status."""
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    # Names in hostile files may hold what moves a terminal's cursor.
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    print(f"{prog}: error: {line}", file=sys.stderr)
     return 2
 
 

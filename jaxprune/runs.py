@@ -19,8 +19,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -121,21 +119,25 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
       InputError: it cannot be read; the message ends with the remedy.
     """
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.lib.npyio.NpzFile(raw) as file:
+            # Zeros shrink a thousandfold: without this a small file could take all memory.
+            size, memory = sum(entry.file_size for entry in file.zip.infolist()), _memory()
+            if size > memory:
+                raise InputError(
+                    f"{path}: holds {size / 2**30:.1f} GiB, the machine {memory / 2**30:.1f} GiB"
+                )
             return {name: np.asarray(file[name]) for name in file.files}
+    except (InputError, MemoryError):
+        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}; {remedy}") from None
-    except (
-        ValueError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        NotImplementedError,
-    ) as error:
-        raise InputError(f"{path}: not an .npz of plain arrays ({error}); {remedy}") from None
-    except (zipfile.BadZipFile, zlib.error, SyntaxError) as error:
-        raise InputError(f"{path}: not a whole .npz ({error}); {remedy}") from None
+    except Exception as error:  # noqa: BLE001 - zip, its codecs and NumPy's parser raise anything
+        raise InputError(f"{path}: not a whole .npz of plain arrays ({error}); {remedy}") from None
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def hashes(files: Iterable[Path]) -> dict[str, str]:
@@ -203,6 +205,8 @@ class RunFolder:
 
     def _open(self) -> None:
         self._fresh = not (self.path.is_dir() and any(self.path.iterdir()))
+        self._check_whose()
+        self._made = [p for p in self.path.absolute().parents if not p.exists()]
         check_writable(self.path)
         self._lock = filelock.FileLock(self.path / ".lock")
         try:
@@ -222,7 +226,27 @@ class RunFolder:
     def _close(self, kind: type[BaseException] | None) -> None:
         if self._fresh and kind is not None and issubclass(kind, InputError):
             shutil.rmtree(self.path, ignore_errors=True)
+            for parent in self._made:  # innermost first
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
         self._lock.release()
+
+    def _check_whose(self) -> None:
+        """Raise ``InputError`` where files are that no run, nor a beginning of one, left there.
+
+        ``config.json`` is written last: parts without it could be of any run.
+        """
+        if self._fresh or ((self.path / "config.json").exists() and self._parts.is_dir()):
+            return
+        left = {file.name for file in self.path.iterdir() if ".partial" not in file.name}
+        if self._parts.is_dir() and not any(self._parts.iterdir()):
+            left.discard("parts")
+        others = sorted(left - {".lock", "environment.json", "inputs.json"})
+        if others:
+            raise InputError(
+                f"--out {self.path}: holds {others[0]}, but not a whole run; choose a new or an "
+                "empty folder"
+            )
 
     def _claim(self) -> None:
         settings, inputs = self.path / "config.json", self.path / "inputs.json"
@@ -276,7 +300,7 @@ class RunFolder:
             by_writer(lambda: write_json(file, rows))
         try:
             kept = json.loads(file.read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
             kept = None
         if not isinstance(kept, list) or not all(isinstance(row, dict) for row in kept):
             raise InputError(f"{file}: damaged; delete it, and --resume computes it anew")
@@ -290,26 +314,85 @@ class RunFolder:
         )
 
     def remove(self) -> None:
-        """Delete the folder, where it only held what a finished run no longer needs."""
-        by_writer(lambda: shutil.rmtree(self.path))
+        """Delete the folder, where it only held what a finished run no longer needs.
+
+        Parts first, so that a run killed here is begun anew, not taken for damaged.
+        """
+
+        def delete() -> None:
+            for file in sorted(self._parts.glob("*.json")):
+                file.unlink()
+            shutil.rmtree(self._parts)
+            shutil.rmtree(self.path)
+
+        by_writer(delete)
 
     def part_file(self, name: str) -> Path:
         """Where a part may keep arrays (``.npz``) beside its rows; write them first."""
         return self._parts / f"{name}.npz"
 
-    def write_metrics(self, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-        """Write ``metrics.csv``, the truth that tables and figures are drawn from."""
+    def write_metrics(
+        self, rows: Sequence[dict[str, Any]], columns: Columns | None = None
+    ) -> pd.DataFrame:
+        """Write ``metrics.csv``, the truth that tables and figures are drawn from.
+
+        Raises:
+          InputError: rows do not have the columns; parts were damaged.
+        """
+        if columns is not None:
+            columns.check(pd.DataFrame(rows), f"{self._parts}")
         with replacing(self.path / "metrics.csv") as partial:
             pd.DataFrame(rows).to_csv(partial, index=False)
         return read_metrics(self.path)
 
 
-def read_metrics(folder: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+class Columns(NamedTuple):
+    """What the metrics of a script must have to be drawn.
+
+    Attributes:
+      numbers: columns of finite numbers.
+      texts: columns of words.
+      known: words that a column may have.
+      sparse: columns of numbers that rows may lack.
+    """
+
+    numbers: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+    known: Mapping[str, Iterable[str]] = {}
+    sparse: tuple[str, ...] = ()
+
+    def check(self, metrics: pd.DataFrame, where: str) -> None:
+        """Raise ``InputError`` naming the first column that is not so, and ``where``."""
+        asked = (*self.texts, *self.numbers, *self.sparse)
+        _check_present(metrics, asked, where)
+        for name in asked:
+            column = metrics[name]
+            if name in self.texts:
+                good = column.isin(list(self.known[name])) if name in self.known else column.notna()
+            else:
+                good = np.isfinite(pd.to_numeric(column, errors="coerce").astype(float))
+                good |= column.isna() & (name in self.sparse)
+            if not good.all():
+                raise InputError(
+                    f"{where}: {name} {column[~good].iloc[0]}, not a "
+                    f"{'word of this script' if name in self.texts else 'finite number'}; damaged, "
+                    "or another script's"
+                )
+
+
+def _check_present(metrics: pd.DataFrame, names: Iterable[str], where: str) -> None:
+    missing = [name for name in names if name not in metrics]
+    if missing or metrics.empty:
+        what = f"no column {missing[0]}" if missing else "no rows"
+        raise InputError(f"{where}: {what}; not the metrics of this script, or damaged")
+
+
+def read_metrics(folder: Path, columns: Columns | Sequence[str] = ()) -> pd.DataFrame:
     """The metrics of a run folder.
 
     Args:
       folder: of the run.
-      columns: that must be there.
+      columns: that must be there, by name or with what they must hold.
 
     Raises:
       InputError: there are none, or the file is damaged or another script's.
@@ -321,11 +404,24 @@ def read_metrics(folder: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
         metrics = pd.read_csv(file)
     except ValueError as error:  # what pandas raises for no table, and for no text
         raise InputError(f"{file}: not a table ({error})") from None
-    missing = [name for name in columns if name not in metrics]
-    if missing or metrics.empty:
-        what = f"no column {missing[0]}" if missing else "no rows"
-        raise InputError(f"{file}: {what}; not the metrics of this script, or damaged")
+    if isinstance(columns, Columns):
+        columns.check(metrics, f"{file}")
+    else:
+        _check_present(metrics, columns, f"{file}")
     return metrics
+
+
+@contextlib.contextmanager
+def drawing_again(folder: Path) -> Iterator[None]:
+    """What a damaged ``metrics.csv`` of a folder leads to, beyond ``Columns``, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{folder / 'metrics.csv'}: cannot be drawn ({error}); damaged, or of another version"
+        ) from error
 
 
 class Recorded(NamedTuple):

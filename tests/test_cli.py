@@ -1,5 +1,8 @@
 """Flags, one-line errors, exit statuses."""
 
+import contextlib
+import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +64,47 @@ def test_a_wrong_flag_is_one_line_and_status_2(run, argv, named):
     assert named in err
     assert err.endswith("(see tool.py --help)\n")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--out="], "--out: is empty, expected a value"),
+        (["--out", ""], "--out: is empty, expected a value"),
+        ([""], "an argument: is empty, expected a value"),
+        (["--k", "16", "64", "16"], "--k 16: is there twice; give it once"),
+    ],
+)
+def test_values_that_no_flag_takes_are_refused(run, argv, named):
+    status, _, _, err = run(argv, lambda config: None)
+    assert (status, err) == (2, f"tool.py: error: {named}\n")
+
+
+def test_a_wrong_flag_is_one_line_without_unicode_too(run, monkeypatch):
+    """tyro draws its box with other characters where the output has no encoding of its own."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    status, _, _, err = run(["--ratio", "half"], lambda config: None)
+    assert status == 2
+    assert err.startswith("tool.py: error: Error parsing --ratio: ")
+    assert "--" not in err.replace("--ratio", "").replace("--help", "")
+
+
+def test_what_moves_the_cursor_is_not_printed(run):
+    def body(config):
+        raise InputError("the file \x1b[2J names\n\x07 two")
+
+    assert run([], body)[3] == "tool.py: error: the file ?[2J names ? two\n"
+
+
+def test_an_output_that_is_full_is_one_line(run, monkeypatch):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, _, err = run([], lambda config: print("results"))
+        monkeypatch.undo()
+        assert status == 2
+        assert err.startswith("tool.py: error: --out runs/x: No space left on device; ")
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_wrong_input_is_one_line_and_status_2(run):

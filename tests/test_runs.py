@@ -12,6 +12,7 @@ import pytest
 
 from jaxprune.errors import InputError
 from jaxprune.runs import (
+    Columns,
     RunFolder,
     check_writable,
     differences,
@@ -202,6 +203,63 @@ def test_damaged_metrics_are_named(tmp_path, content, columns, named):
         read_metrics(tmp_path, columns)
 
 
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"error": "text"}, "error text, not a finite number"),
+        ({"error": float("inf")}, "error inf, not a finite number"),
+        ({"error": None}, "error nan, not a finite number"),
+        ({"method": "magic"}, "method magic, not a word of this script"),
+        ({"data": None}, "data nan, not a word of this script"),
+        ({"lam": "text"}, "lam text, not a finite number"),
+    ],
+)
+def test_metrics_that_cannot_be_drawn_are_named(tmp_path, row, named):
+    columns = Columns(("error",), ("method", "data"), {"method": ("wanda",)}, ("lam",))
+    good = {"error": 1.0, "method": "wanda", "data": "real", "lam": None}
+    columns.check(pd.DataFrame([good]), "here")
+    pd.DataFrame([good, good | row]).to_csv(tmp_path / "metrics.csv", index=False)
+    with pytest.raises(InputError, match=named):
+        read_metrics(tmp_path, columns)
+    with RunFolder(tmp_path / "out", Settings()) as run, pytest.raises(InputError, match="parts"):
+        run.write_metrics([good, good | row], columns)
+    assert not (tmp_path / "out" / "metrics.csv").exists()
+
+
+def test_folders_that_hold_something_else_are_left_alone(tmp_path):
+    """A model, notes, and parts whose settings are lost; a run killed at its very start goes on."""
+    with RunFolder(tmp_path / "lost", Settings()) as run:
+        run.part("a", lambda: [{"error": 1}])
+    (tmp_path / "lost" / "config.json").unlink()
+    for name, file in (("model", "config.json"), ("notes", "notes.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    for name in ("lost", "model", "notes"):
+        before = files(tmp_path)
+        for resume in (False, True):
+            with pytest.raises(InputError, match="not a whole run; choose a new or an empty"):
+                RunFolder(tmp_path / name, Settings(), resume=resume).__enter__()
+        assert files(tmp_path) == before
+    begun = tmp_path / "begun"
+    (begun / "parts").mkdir(parents=True)
+    for name in (".lock", "inputs.json", "environment.json", ".config-x.partial.json"):
+        (begun / name).write_text("{")
+    with RunFolder(begun, Settings(), resume=True) as run:
+        assert run.part("a", lambda: [{"error": 1}]) == [{"error": 1}]
+    assert (begun / "config.json").exists()
+
+
+def test_folders_on_the_way_to_a_failed_run_are_taken_away(tmp_path):
+    def fail(out):
+        with RunFolder(out, Settings()):
+            raise InputError("wrong")
+
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="wrong"):
+        fail(tmp_path / "there" / "a" / "b")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
 def test_results_are_compared_by_value(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     table = pd.DataFrame({"method": ["a", "b"], "error": [0.1, np.nan], "seed": [0, 1]})
@@ -253,7 +311,7 @@ def test_damaged_parts_are_named_with_the_remedy(tmp_path):
             run.part_arrays("a")
         np.save(arrays.with_suffix(".npy"), np.ones(3))
         arrays.with_suffix(".npy").replace(arrays)
-        with pytest.raises(InputError, match=r"not an \.npz"):
+        with pytest.raises(InputError, match="File is not a zip file"):
             run.part_arrays("a")
         arrays.unlink()
         with pytest.raises(InputError, match=r"No such file.*delete .*a\.json too"):

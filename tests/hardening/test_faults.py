@@ -298,6 +298,13 @@ class TestRepeat:
         assert named in capsys.readouterr().err
         assert not (tmp_path / "again").exists()
 
+    def test_settings_that_are_no_flags_are_not_passed_on(self, heads, layer, tmp_path, capsys):
+        assert heads(heads_flags(layer, tmp_path / "out")) == 0
+        file = tmp_path / "out" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"help": True}))
+        assert heads(["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 2
+        assert "not a run of this version's llama_heads.py: it has help" in capsys.readouterr().err
+
     def test_another_scripts_run_is_not_repeated(self, script, heads, layer, tmp_path, capsys):
         assert heads(heads_flags(layer, tmp_path / "out")) == 0
         again = ["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again")]

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxprune import plotting
+from jaxprune import plotting, runs
 
 JUNK = st.one_of(
     st.none(),
@@ -279,6 +279,38 @@ def test_texts(mains, place, raw, suffix, after):
     perplexity(mains, place, text=name)
 
 
+WORDS = {"type": "WordLevel", "vocab": {"the": 5}, "unk_token": "[UNK]"}
+PIECES = {"type": "Unigram", "vocab": [["t", -1.0]], "unk_id": None}
+CHARMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+TEMPLATE = [{"SpecialToken": {"id": "<q>", "type_id": 0}}]
+TEMPLATE = {"type": "TemplateProcessing", "single": TEMPLATE, "pair": [], "special_tokens": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "status"),
+    [
+        pytest.param({"model": WORDS}, None, 2, id="no token for unknown words"),
+        pytest.param({"model": PIECES}, None, 2, id="no token for unknown pieces"),
+        pytest.param({"normalizer": CHARMAP}, None, 2, id="the library panics while it reads"),
+        pytest.param({"post_processor": TEMPLATE}, None, 2, id="the library panics at work"),
+        pytest.param({"vocab": {"t": 2**32 - 1}}, None, 2, id="an id beyond int32"),
+        pytest.param({}, {"add_bos_token": True, "bos_token": "\ud800"}, 2, id="BOS no text"),
+        pytest.param({}, {"add_bos_token": "false", "bos_token": "<s>"}, 2, id="not a boolean"),
+        pytest.param({"dropout": 0.5}, None, 0, id="merges left to chance"),
+    ],
+)
+def test_tokenizers_that_fail_at_work(mains, place, capfd, changes, settings, status):
+    folder = anew(place, "untied_gqa") / "untied_gqa"
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"] | changes.pop("vocab", {})
+    content["model"] |= {"vocab": vocabulary, "dropout": changes.pop("dropout", None)}
+    (folder / "tokenizer.json").write_text(json.dumps(content | changes))
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert perplexity(mains, place) == status
+    assert capfd.readouterr().err == ""  # what Rust prints goes past Python
+
+
 LAYER = {"x": (4, 8, 6), "x_heldout": (2, 8, 6), "wq": (6, 2, 3), "wk": (6, 1, 3)}
 
 
@@ -366,11 +398,79 @@ def test_a_layer_that_unpacks_to_more_than_memory_holds(mains, place):
     assert heads(mains, place) == 2
 
 
+def npy(header):
+    """A file of NumPy with a header and no numbers."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+
+
+SHAPED = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s,), }"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"(" * 5000,
+        b'{"descr": """',
+        b"{'descr': \\x 1",
+        (SHAPED % 2**70).encode(),
+        (SHAPED % f"0, {2**70}").encode(),
+        (SHAPED % ("1," * 90)).encode(),
+    ],
+)
+def test_headers_of_arrays(mains, place, header):
+    np.savez(anew(place) / "layer.npz", **layer_arrays())
+    with zipfile.ZipFile(place / "broken" / "layer.npz", "a") as file:
+        file.writestr("more.npy", npy(header))
+    assert heads(mains, place) == 2
+
+
+def test_layers_in_damaged_and_in_locked_archives(mains, place):
+    layer = anew(place) / "layer.npz"
+    with zipfile.ZipFile(layer, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("x.npy", bytes(800))
+    whole = bytearray(layer.read_bytes())
+    whole[45:60] = b"\xff" * 15
+    layer.write_bytes(whole)
+    assert heads(mains, place) == 2
+    np.savez(layer, **layer_arrays())
+    whole = bytearray(layer.read_bytes())
+    for sign, flags in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        at = whole.find(sign)
+        while at >= 0:
+            whole[at + flags] |= 1  # encrypted
+            at = whole.find(sign, at + 1)
+    layer.write_bytes(whole)
+    assert heads(mains, place) == 2
+
+
+def test_a_layer_of_zeros_larger_than_the_machine(mains, place, monkeypatch):
+    """It unpacks, bit by bit, until nothing is left: refused by the sizes that it names."""
+    monkeypatch.setattr(runs, "_memory", lambda: 2**20)
+    np.savez_compressed(anew(place) / "layer.npz", **layer_arrays(), more=np.zeros(2**18))
+    assert heads(mains, place) == 2
+
+
+@pytest.mark.parametrize("shape", [(), (6,)])
+def test_activations_that_are_no_sequences(mains, place, shape):
+    arrays = layer_arrays() | {"x": np.ones(shape, np.float32)}
+    del arrays["x_heldout"]
+    np.savez(anew(place) / "layer.npz", **arrays)
+    assert heads(mains, place) == 2
+
+
+def test_logits_beyond_float32(mains, place):
+    arrays = layer_arrays()
+    np.savez(anew(place) / "layer.npz", **(arrays | {"x": arrays["x"] * np.float32(1e19)}))
+    assert heads(mains, place) == 2
+    assert not (place / "out").exists()
+
+
 @cases(40)
 @given(
     name=st.sampled_from(["config.json", "inputs.json", "metrics.csv", "parts", "masks"]),
     raw=st.one_of(
-        st.binary(max_size=30), st.sampled_from([b"", b"[]", b"{}", b"a,b\n1,2\n", b"[1]"])
+        st.binary(max_size=30),
+        st.sampled_from([b"", b"[]", b"{}", b"a,b\n1,2\n", b"[1]", b"[{}]", b"[" * 100_000]),
     ),
     redraw=st.booleans(),
 )

@@ -199,15 +199,17 @@ def copy_carried(source: Path, target: Path) -> None:
 
 def check_new_folder(out: Path, flag: str = "--out") -> None:
     """Raise ``InputError`` unless ``new_folder(out)`` will find its place."""
-    parent = out.resolve().parent
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{flag} {out}: exists and is not empty; choose another folder")
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=parent):
+        # Folders on the way are made when there is something to put there.
+        there = next(p for p in out.resolve().parents if p.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise InputError(f"{flag} {out}: cannot write there ({error.strerror})") from None
+    except RuntimeError:  # of resolve
+        raise InputError(f"{flag} {out}: is a link to itself; choose another folder") from None
 
 
 @contextlib.contextmanager
@@ -219,6 +221,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     check_new_folder(out)
     out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-", suffix=".partial"))
     try:
         yield partial
