@@ -19,6 +19,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -121,7 +122,8 @@ def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as raw, np.lib.npyio.NpzFile(raw) as file:
             # Zeros shrink a thousandfold: without this a small file could take all memory.
-            size, memory = sum(entry.file_size for entry in file.zip.infolist()), _memory()
+            archive = cast(zipfile.ZipFile, file.zip)
+            size, memory = sum(entry.file_size for entry in archive.infolist()), _memory()
             if size > memory:
                 raise InputError(
                     f"{path}: holds {size / 2**30:.1f} GiB, the machine {memory / 2**30:.1f} GiB"
