@@ -31,7 +31,7 @@ from jaxprune.models import llama
 from jaxprune.models.llama.files import checkpoint_hashes
 from jaxprune.models.tokenizer import Tokenizer
 from jaxprune.pipeline import Progress, PruneSettings, prune_model, units
-from jaxprune.runs import RunFolder, read_metrics, replacing
+from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
 from jaxprune.sparsity import Sparsity
 
 
@@ -64,7 +64,11 @@ MEASURES = {
     "perplexity_gap": "perplexity above the dense model's",
     "heldout_error": "held-out attention error",
 }
-COLUMNS = ("variant", "sparsity", "seed", "calibration_error", *MEASURES)
+COLUMNS = Columns(
+    ("seed", "calibration_error", *MEASURES),
+    texts=("variant", "sparsity"),
+    known={"variant": VARIANTS},
+)
 
 
 @dataclass(frozen=True)
@@ -221,12 +225,12 @@ def compute(
 def table(metrics: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds, and half the range where there are several."""
     groups = metrics.groupby(["sparsity", "variant"], sort=False)
-    shown = groups[list(MEASURES)].mean().map("{:.4f}".format)
-    spread = groups[list(MEASURES)].agg(lambda column: (column.max() - column.min()) / 2)
-    several = groups["seed"].nunique() > 1
-    for measure in MEASURES:
-        shown.loc[several, measure] += " ± " + spread.loc[several, measure].map("{:.4f}".format)
-    shown = shown.rename(columns=MEASURES).reset_index()
+
+    def cell(values: pd.Series) -> str:
+        spread = f" ± {(values.max() - values.min()) / 2:.4f}" if len(values) > 1 else ""
+        return f"{values.mean():.4f}{spread}"
+
+    shown = groups[list(MEASURES)].agg(cell).rename(columns=MEASURES).reset_index()
     shown["variant"] = shown["variant"].map(lambda name: VARIANTS[name].description)
     return shown
 
@@ -274,7 +278,8 @@ def report(metrics: pd.DataFrame, folder: Path) -> None:
 def body(config: Config) -> None:
     """Run, or redraw."""
     if config.redraw:
-        report(read_metrics(config.out, COLUMNS), config.out)
+        with drawing_again(config.out):
+            report(read_metrics(config.out, COLUMNS), config.out)
         return
     material = read(config)
     inputs = {
@@ -301,7 +306,7 @@ def body(config: Config) -> None:
                 bar.set_postfix_str(name)
                 rows += run.part(name, part)
                 bar.update(sum(steps[: i + 1]) - bar.n)
-        metrics = run.write_metrics(rows)
+        metrics = run.write_metrics(rows, COLUMNS)
     report(metrics, config.out)
 
 

@@ -43,6 +43,53 @@ def test_a_row_for_every_cell_and_files_to_redraw_from(main, where, tmp_path, ca
     assert "Wanda" in capsys.readouterr().out
 
 
+def rows(variants, seeds):
+    """Made-up metrics."""
+    numbers = dict.fromkeys(
+        ("calibration_error", "divergence", "perplexity_gap", "heldout_error"), 1
+    )
+    return pd.DataFrame(
+        [
+            {"variant": variant, "sparsity": sparsity, "seed": seed} | numbers | {"divergence": x}
+            for sparsity in ("0.7", "2:4")
+            for variant in variants
+            for seed, x in zip(range(seeds[variant]), (0.5, 0.25), strict=False)
+        ]
+    )
+
+
+@pytest.mark.parametrize("seeds", [{"magnitude": 1}, {"descent": 1, "wanda": 1}, {"descent": 2}])
+def test_half_the_range_is_shown_where_there_are_several_seeds(script, seeds):
+    table = script("ablation").table(rows(list(seeds), seeds))
+    several = 2 in seeds.values()
+    assert list(table["divergence (nats)"].unique()) == (
+        ["0.3750 ± 0.1250"] if several else ["0.5000"]
+    )
+    assert list(table["held-out attention error"].unique()) == (
+        ["1.0000 ± 0.0000"] if several else ["1.0000"]
+    )
+    assert len(table) == 2 * len(seeds)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "named"),
+    [
+        ("variant", "magic", "variant magic, not a word of this script"),
+        ("divergence", "much", "divergence much, not a finite number"),
+        ("sparsity", None, "sparsity nan"),
+        ("seed", None, "seed nan, not a finite number"),
+    ],
+)
+def test_damaged_metrics_are_not_drawn(main, tmp_path, capsys, column, value, named):
+    damaged = rows(["wanda", "magnitude"], {"wanda": 1, "magnitude": 1}).astype(object)
+    damaged.loc[0, column] = value
+    damaged.to_csv(tmp_path / "metrics.csv", index=False)
+    assert main(["--redraw", "--out", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert shown.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
