@@ -21,7 +21,14 @@ import pandas as pd
 
 from jaxprune.cli import Flag, run_script
 from jaxprune.errors import InputError
-from jaxprune.runs import check_writable, read_json, read_metrics, replacing
+from jaxprune.runs import (
+    Columns,
+    check_writable,
+    drawing_again,
+    read_json,
+    read_metrics,
+    replacing,
+)
 
 BEGIN, END = "<!-- headline: written by `make headline` -->", "<!-- end of headline -->"
 KEPT = ("metrics.csv", "config.json", "environment.json")
@@ -32,10 +39,12 @@ METHODS = {
     "mask_only": "descent, kept weights untouched",
     "descent": "**descent**",
 }
-COLUMNS = (
-    *("variant", "sparsity", "seed", "calibration_error", "heldout_error"),
-    *("perplexity_gap", "dense_perplexity"),
+COLUMNS = Columns(
+    ("seed", "calibration_error", "heldout_error", "perplexity_gap", "dense_perplexity"),
+    texts=("variant", "sparsity"),
 )
+SETTINGS = {"model": str, "calibration": str, "windows": int, "seqlen": int, "steps": int}
+SETTINGS |= {"seeds": int}
 SAVED = Path("docs/headline")
 
 
@@ -66,11 +75,27 @@ def spread(values: pd.Series) -> str:
     return text
 
 
+def settings_of(run: Path) -> dict[str, Any]:
+    """What the run of ablation.py in a folder was made with, checked."""
+    file = run / "config.json"
+    settings = read_json(file)
+    wrong = [name for name, kind in SETTINGS.items() if not isinstance(settings.get(name), kind)]
+    if not isinstance(settings.get("text", 0), str | None):
+        wrong.append("text")
+    if wrong:
+        raise InputError(f"{file}: {wrong[0]} missing or damaged; not a run of ablation.py")
+    return settings
+
+
 def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
     """A Markdown table of methods by sparsity, and a sentence on how it was measured."""
-    missing = [name for name in METHODS if name not in set(metrics["variant"])]
-    if missing:
-        raise InputError(f"--run: no rows of {', '.join(missing)} in its metrics; see --help")
+    for sparsity, rows_there in metrics.groupby("sparsity"):
+        missing = [name for name in METHODS if name not in set(rows_there["variant"])]
+        if missing:
+            raise InputError(
+                f"--run: no rows of {', '.join(missing)} at sparsity {sparsity} in its metrics; "
+                "see --help"
+            )
     dense = metrics["dense_perplexity"].iloc[0]
     rows: list[dict[str, str]] = []
     for sparsity in dict.fromkeys(metrics["sparsity"]):
@@ -107,19 +132,27 @@ def replaced(readme: str, text: str, name: Path) -> str:
 
 def body(config: Config) -> None:
     """Read, write."""
-    text = table(read_metrics(config.run, COLUMNS), read_json(config.run / "config.json"))
+    with drawing_again(config.run):
+        text = table(read_metrics(config.run, COLUMNS), settings_of(config.run))
     print(text)
     if config.show:
         return
     if not config.readme.is_file():
         raise InputError(f"--readme {config.readme}: no such file")
-    page = replaced(config.readme.read_text(), text, config.readme)
+    try:
+        readme = config.readme.read_text(encoding="utf-8")
+    except ValueError:
+        raise InputError(f"--readme {config.readme}: not text in UTF-8") from None
+    page = replaced(readme, text, config.readme)
+    for name in KEPT:
+        if not (config.run / name).is_file():
+            raise InputError(f"--run {config.run}: has no {name}")
     check_writable(config.saved, "--saved")
     if config.run.resolve() != config.saved.resolve():
         for name in KEPT:
             shutil.copyfile(config.run / name, config.saved / name)
     with replacing(config.readme) as partial:
-        partial.write_text(page)
+        partial.write_text(page, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -75,6 +75,58 @@ def test_what_does_not_fit_is_one_line(headline, run, tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        *(({name: ...}, f"{name} missing or damaged") for name in ("text", "model", "seeds")),
+        ({"text": 3}, "text missing or damaged"),
+        ({"steps": "5"}, "steps missing or damaged"),
+    ],
+)
+def test_settings_of_another_script_are_one_line(headline, run, tmp_path, capsys, change, named):
+    file = run / "config.json"
+    changed = json.loads(file.read_text()) | change
+    file.write_text(json.dumps({k: v for k, v in changed.items() if v is not ...}))
+    assert headline.main([*flags(run, tmp_path / "README.md", tmp_path), "--show"]) == 2
+    shown = capsys.readouterr()
+    assert f"{file}: {named}" in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "named"),
+    [
+        ("perplexity_gap", "much", "perplexity_gap much, not a finite number"),
+        ("variant", "other", "no rows of magnitude at sparsity 0.5"),
+        ("sparsity", "0.7", "no rows of magnitude at sparsity 0.5"),
+    ],
+)
+def test_damaged_metrics_are_one_line(headline, run, tmp_path, capsys, column, value, named):
+    metrics = pd.read_csv(run / "metrics.csv").astype(object)
+    metrics.loc[0, column] = value
+    metrics.to_csv(run / "metrics.csv", index=False)
+    assert headline.main([*flags(run, tmp_path / "README.md", tmp_path), "--show"]) == 2
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert shown.count("\n") == 1
+
+
+def test_files_that_cannot_be_copied_or_read_are_one_line(headline, run, tmp_path, capsys):
+    readme, saved = tmp_path / "README.md", tmp_path / "saved"
+    readme.write_bytes(b"\xff\xfe")
+    assert headline.main(flags(run, readme, saved)) == 2
+    readme.write_text(f"{headline.BEGIN}\n{headline.END}")
+    (run / "environment.json").unlink()
+    assert headline.main(flags(run, readme, saved)) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(": ")[2] for line in errors] == [
+        "not text in UTF-8",
+        "has no environment.json",
+    ]
+    assert not saved.exists()
+
+
 def test_the_readme_has_the_table_of_its_metrics(headline):
     """What is printed is what the saved metrics say."""
     root = headline.Path(__file__).parents[2]
