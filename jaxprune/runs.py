@@ -295,25 +295,62 @@ class RunFolder:
         return (self._parts / f"{name}.json").exists()
 
     def part(self, name: str, compute: Callable[[], Sequence[dict[str, Any]]]) -> list[dict]:
-        """Rows of the part ``name``: read back where finished, else computed and kept."""
+        """Rows of the part ``name``: read back where finished, else computed and kept.
+
+        A digest of the rows, and of arrays in ``part_file``, is kept with them.
+
+        Raises:
+          InputError: what was kept is not what was written.
+        """
         file = self._parts / f"{name}.json"
         if not agreed(file.exists()):
             rows = list(compute())
-            by_writer(lambda: write_json(file, rows))
+            by_writer(lambda: write_json(file, self._with_digest(name, rows)))
+        return cast(list[dict], self._read_part(name)["rows"])
+
+    def _with_digest(self, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        arrays = self.part_file(name)
+        content = {
+            "arrays": hashes([arrays])[arrays.name] if arrays.exists() else None,
+            "rows": json.loads(json.dumps(rows, default=str)),
+        }
+        return {"sha256": _digest(name, content), **content}
+
+    def _read_part(self, name: str) -> dict[str, Any]:
+        file = self._parts / f"{name}.json"
         try:
-            kept = json.loads(file.read_text())
+            kept = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             kept = None
-        if not isinstance(kept, list) or not all(isinstance(row, dict) for row in kept):
-            raise InputError(f"{file}: damaged; delete it, and --resume computes it anew")
-        return cast(list[dict], kept)
+        if isinstance(kept, list):
+            raise InputError(
+                f"{file}: has no digest, so it is damaged or an older version's; delete the folder "
+                f"{self.path}, and begin anew"
+            )
+        if isinstance(kept, dict) and kept.keys() == {"sha256", "arrays", "rows"}:
+            digest = kept.pop("sha256")
+            if digest == _digest(name, kept):
+                return cast(dict[str, Any], kept)
+        raise InputError(
+            f"{file}: damaged, or changed since it was written; delete it, and --resume computes "
+            "it anew"
+        )
 
     def part_arrays(self, name: str) -> dict[str, np.ndarray]:
-        """What a finished part keeps in ``part_file``."""
-        rows = self._parts / f"{name}.json"
-        return read_arrays(
-            self.part_file(name), f"delete {rows} too, and --resume computes both anew"
-        )
+        """What a finished part keeps in ``part_file``.
+
+        Raises:
+          InputError: it is not what was written with the rows.
+        """
+        file, rows = self.part_file(name), self._parts / f"{name}.json"
+        digest = self._read_part(name)["arrays"]
+        arrays = read_arrays(file, f"delete {rows} too, and --resume computes both anew")
+        if hashes([file])[file.name] != digest:
+            raise InputError(
+                f"{file}: changed since it was written; delete it and {rows}, and --resume "
+                "computes both anew"
+            )
+        return arrays
 
     def remove(self) -> None:
         """Delete the folder, where it only held what a finished run no longer needs.
@@ -346,6 +383,11 @@ class RunFolder:
         with replacing(self.path / "metrics.csv") as partial:
             pd.DataFrame(rows).to_csv(partial, index=False)
         return read_metrics(self.path)
+
+
+def _digest(name: str, content: dict[str, Any]) -> str:
+    """SHA-256 of a part's content and its name."""
+    return hashlib.sha256(json.dumps([name, content]).encode()).hexdigest()
 
 
 class Columns(NamedTuple):

@@ -296,23 +296,62 @@ def test_a_run_says_what_it_was(tmp_path):
         recorded(tmp_path / "out")
 
 
-def test_damaged_parts_are_named_with_the_remedy(tmp_path):
+@pytest.fixture
+def kept(tmp_path):
+    """A run with a finished part, and its two files."""
     with RunFolder(tmp_path / "out", Settings()) as run:
         write_arrays(run.part_file("a"), x=np.ones(3))
-        run.part("a", lambda: [{"error": 1}])
+        run.part("a", lambda: [{"error": 1, "lam": float("nan")}, {"error": 0.1 + 0.2}])
         np.testing.assert_array_equal(run.part_arrays("a")["x"], 1)
-        rows, arrays = run.part_file("a").with_suffix(".json"), run.part_file("a")
-        for content in ("", "[1]", "{}", '[{"err'):
-            rows.write_text(content)
-            with pytest.raises(InputError, match="delete it, and --resume"):
-                run.part("a", list)
-        arrays.write_bytes(arrays.read_bytes()[:-30])
-        with pytest.raises(InputError, match=r"not a whole \.npz"):
-            run.part_arrays("a")
-        np.save(arrays.with_suffix(".npy"), np.ones(3))
-        arrays.with_suffix(".npy").replace(arrays)
-        with pytest.raises(InputError, match="File is not a zip file"):
-            run.part_arrays("a")
-        arrays.unlink()
-        with pytest.raises(InputError, match=r"No such file.*delete .*a\.json too"):
-            run.part_arrays("a")
+        yield run, run.part_file("a").with_suffix(".json"), run.part_file("a")
+
+
+@pytest.mark.parametrize("content", ["", "3", "{}", '{"rows": [{"err', '{"rows": []}', "[" * 9999])
+def test_damaged_parts_are_named_with_the_remedy(kept, content):
+    run, rows, _ = kept
+    rows.write_text(content)
+    for read in (lambda: run.part("a", list), lambda: run.part_arrays("a")):
+        with pytest.raises(InputError, match=rf"{rows}: damaged.*delete it, and --resume"):
+            read()
+
+
+@pytest.mark.parametrize("change", ["fewer rows", "a number", "another part", "other arrays"])
+def test_parts_that_were_edited_are_not_accepted(kept, change):
+    """All of them are valid JSON with everything where it should be."""
+    run, rows, _ = kept
+    content = json.loads(rows.read_text())
+    if change == "fewer rows":
+        content["rows"].pop()
+    elif change == "a number":
+        content["rows"][0]["error"] = 2
+    elif change == "other arrays":
+        content["arrays"] = None
+    rows.unlink()
+    name = "b" if change == "another part" else "a"
+    rows.with_name(f"{name}.json").write_text(json.dumps(content, indent=2))
+    with pytest.raises(InputError, match=rf"{name}\.json: damaged, or changed since"):
+        run.part(name, list)
+
+
+def test_parts_without_a_digest_are_refused(kept):
+    run, rows, _ = kept
+    rows.write_text('[{"error": 1}]')
+    with pytest.raises(InputError, match=r"a\.json: has no digest.*delete the folder"):
+        run.part("a", list)
+
+
+def test_damaged_arrays_of_a_part_are_named_with_the_remedy(kept):
+    run, _, arrays = kept
+    write_arrays(arrays, x=np.zeros(3))
+    with pytest.raises(InputError, match=r"a\.npz: changed since.*delete it and .*a\.json"):
+        run.part_arrays("a")
+    arrays.write_bytes(arrays.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"not a whole \.npz"):
+        run.part_arrays("a")
+    np.save(arrays.with_suffix(".npy"), np.ones(3))
+    arrays.with_suffix(".npy").replace(arrays)
+    with pytest.raises(InputError, match="File is not a zip file"):
+        run.part_arrays("a")
+    arrays.unlink()
+    with pytest.raises(InputError, match=r"No such file.*delete .*a\.json too"):
+        run.part_arrays("a")
