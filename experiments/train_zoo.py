@@ -118,6 +118,9 @@ def split_texts(config: ZooConfig) -> dict[str, str]:
 
     Documents are taken in the order of a hash of their names. The library repeats itself, so
     a paragraph stays only where it occurs first, and the evaluation text comes first.
+
+    Raises:
+      InputError: there is less text than was asked for.
     """
     ordered = sorted(documents(), key=lambda each: hashlib.sha256(each[0].encode()).hexdigest())
     limits = {
@@ -132,6 +135,11 @@ def split_texts(config: ZooConfig) -> dict[str, str]:
                 chosen += _fresh_paragraphs(text, seen)
             else:
                 left.append((name, text))
+        if len(chosen) < limit:
+            raise InputError(
+                f"--{split}-characters {limit}: documents of at most {_LARGEST_HELDOUT} characters "
+                f"give {len(chosen)}; lower it"
+            )
         texts[split], ordered = chosen, left
     texts["training"] = "".join(_fresh_paragraphs(text, seen) for _, text in ordered)
     return texts
@@ -199,6 +207,34 @@ def batch_of(config: ZooConfig, ids: np.ndarray, bos: int, step: int) -> np.ndar
     return windows
 
 
+def check_lengths(config: ZooConfig, tokenizer: Tokenizer, texts: dict[str, str]) -> None:
+    """Raise ``InputError`` where a text has no whole window, before anything is trained on it."""
+    for split, text in texts.items():
+        count = len(tokenizer.encode(text))
+        if count <= config.seqlen:
+            raise InputError(
+                f"--seqlen {config.seqlen}: the {split} text has {count} tokens; lower it, or "
+                "change --evaluation-characters or --calibration-characters"
+            )
+
+
+def read_state(state: Path, carry: Any, steps: int) -> tuple[Any, list[float]]:
+    """What training goes on from, in the form of ``carry``, and the losses so far.
+
+    Raises:
+      InputError: the file does not hold it.
+    """
+    remedy = "delete it to train from the start"
+    saved = runs.read_arrays(state, remedy)
+    leaves, form = jax.tree.flatten(carry)
+    expected = {f"leaf{i}": (leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)}
+    losses = saved.pop("losses", np.zeros(()))
+    found = {name: (array.shape, array.dtype) for name, array in saved.items()}
+    if found != expected or losses.ndim != 1 or not 0 < len(losses) <= steps:
+        raise InputError(f"{state}: not the state of this training; {remedy}")
+    return jax.tree.unflatten(form, [jnp.asarray(saved[name]) for name in expected]), [*losses]
+
+
 def train(config: ZooConfig, model: llama.Llama, ids: np.ndarray, bos: int, state: Path) -> list:
     """Train ``model`` in place, from the saved state if there is one; losses of all steps."""
     graph, params = nnx.split(model)
@@ -215,14 +251,16 @@ def train(config: ZooConfig, model: llama.Llama, ids: np.ndarray, bos: int, stat
 
     carry, losses = (params, rule.init(params)), list[float]()
     if state.exists():
-        saved = runs.read_arrays(state, "delete it to train from the start")
-        losses = saved["losses"].tolist()
-        leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(saved) - 1)]
-        carry = jax.tree.unflatten(jax.tree.structure(carry), leaves)
+        carry, losses = read_state(state, carry, config.steps)
     progress = trange(len(losses), config.steps, initial=len(losses), total=config.steps)
     for step in progress:
         *carry, loss = update(*carry, batch_of(config, ids, bos, step))
         losses.append(float(loss))
+        if not np.isfinite(losses[-1]):
+            raise InputError(
+                f"--learning-rate {config.learning_rate:g}: the loss of step {step} is not finite; "
+                "lower it"
+            )
         progress.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         if len(losses) % config.save_every == 0:
             leaves = jax.tree.leaves(tuple(carry))
@@ -259,6 +297,9 @@ def build(config: ZooConfig) -> None:
     """Collect text, train tokenizer and model, write the model's folder."""
     config.check()
     with runs.RunFolder(config.out, config, resume=config.resume) as run:
+        if (run.path / "zoo" / "README.md").exists():  # the folder appears whole
+            print(f"{run.path / 'zoo'}: finished already")
+            return
         texts = split_texts(config)
         with new_folder(run.path / "zoo") as folder:
             train_tokenizer(texts["training"], folder, config.seqlen)
@@ -276,6 +317,7 @@ def build(config: ZooConfig) -> None:
             model = llama.Llama(settings, key=jax.random.key(config.seed))
             more = {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": config.seqlen}
             tokenizer = Tokenizer(folder, settings.vocab_size)
+            check_lengths(config, tokenizer, texts)
             ids = tokenizer.encode(texts["training"])
             losses = train(config, model, ids, 0, run.path / _STATE)
             run.write_metrics([{"step": i, "loss": loss} for i, loss in enumerate(losses)])

@@ -59,13 +59,85 @@ def test_an_interrupted_run_ends_with_the_same_model(zoo, tmp_path, monkeypatch,
     assert seen == [0, 1, 2, 3, 2, 3, 4, 5]
     for file in (tmp_path / "whole" / "zoo").iterdir():
         assert file.read_bytes() == (tmp_path / "halved" / "zoo" / file.name).read_bytes()
-    assert zoo.main([*arguments, "--resume"]) == 2, "the model is there already"
+    assert zoo.main(arguments) == 2
+    assert "--resume continues it" in capsys.readouterr().err
+    assert zoo.main([*arguments, "--resume"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'halved' / 'zoo'}: finished already\n"
+    assert len(seen) == 8
 
     folder = tmp_path / "whole" / "zoo"
     model = llama.load(folder)
     assert dataclasses.astuple(model.config)[:7] == (1024, 128, 352, 1, 4, 2, 32)
     assert Tokenizer(folder, 1024).bos_id == 0
     assert "| bigram model of the training text |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", ["names", "shapes", "losses", "too many", "bytes"])
+def test_a_damaged_state_is_one_line(zoo, tmp_path, monkeypatch, capsys, damage):
+    """In place of training there are two leaves."""
+
+    def train(config, model, ids, bos, state):
+        carry = ({"a": np.zeros((2, 3), np.float32)}, np.zeros((), np.int32))
+        if state.exists():
+            zoo.read_state(state, carry, config.steps)
+        arrays = {"leaf0": carry[0]["a"], "leaf1": carry[1], "losses": np.ones(4)}
+        if damage == "names":
+            arrays["leaf2"] = arrays.pop("leaf1")
+        elif damage == "shapes":
+            arrays["leaf0"] = np.zeros((3, 2), np.float32)
+        elif damage == "losses":
+            del arrays["losses"]
+        elif damage == "too many":
+            arrays["losses"] = np.ones(7)
+        np.savez(state, **arrays)
+        if damage == "bytes":
+            state.write_bytes(state.read_bytes()[:-30])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zoo, "train", train)
+    arguments = [*FLAGS, "--out", str(tmp_path / "run"), "--resume"]
+    assert zoo.main(arguments) == 130
+    capsys.readouterr()
+    assert zoo.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert f"{tmp_path / 'run' / 'state.npz'}: not " in shown
+    assert shown.endswith("delete it to train from the start\n")
+    assert shown.count("\n") == 1
+
+
+def test_a_saved_state_comes_back(zoo, tmp_path):
+    carry = ({"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, np.int32(4))
+    np.savez(tmp_path / "state.npz", leaf0=carry[0]["a"], leaf1=carry[1], losses=[0.5, 0.25])
+    found, losses = zoo.read_state(tmp_path / "state.npz", carry, 2)
+    np.testing.assert_array_equal(found[0]["a"], carry[0]["a"])
+    assert (int(found[1]), losses) == (4, [0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--seqlen", "4000"], "--seqlen 4000: the evaluation text has"),
+        (["--evaluation-characters", "10000"], "--evaluation-characters 10000: documents of"),
+        (["--calibration-characters", "8674"], "--seqlen 16: the training text has 0 tokens"),
+    ],
+)
+def test_texts_without_a_window_are_found_before_training(
+    zoo, tmp_path, monkeypatch, capsys, flags, named
+):
+    monkeypatch.setattr(zoo, "train", lambda *_: pytest.fail("trained"))
+    assert zoo.main([*FLAGS, *flags, "--out", str(tmp_path / "run")]) == 2
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(zoo, tmp_path, capsys):
+    flags = [*FLAGS, "--learning-rate", "1e30", "--out", str(tmp_path / "run")]
+    assert zoo.main(flags) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert "--learning-rate 1e+30: the loss of step" in shown
+    assert not (tmp_path / "run").exists()
 
 
 def test_ngram_models_by_hand(zoo):
