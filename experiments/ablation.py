@@ -54,6 +54,7 @@ VARIANTS = {
     "slow_schedule": Variant("mask final after 0.8 of the steps", _tuned(tightened=0.8)),
     "one_shot": Variant("mask final from the first step, then refit", _tuned(tightened=0.0)),
     "small_steps": Variant("a third of the step size", _tuned(learning_rate=0.05)),
+    "no_distillation": Variant("no distillation at the end", {"distill": 0}),
     "mask_only": Variant("kept weights untouched (--no-refit)", {"refit": False}),
     "wanda": Variant("Wanda", {"method": "wanda"}),
     "sparsegpt": Variant("SparseGPT", {"method": "sparsegpt"}),
@@ -96,6 +97,8 @@ class Config:
     """seeds of every descent's batches; baselines have none"""
     steps: int = 400
     """steps of a descent in every block"""
+    distill: int | None = None
+    """steps of distillation at the end; the preset's if left out"""
     out: Path = Path("runs/ablation")
     """folder of the run"""
     resume: Flag = False
@@ -174,6 +177,8 @@ def settings_of(variant: str, sparsity: str, seed: int, config: Config) -> Prune
         method="descent", targets="qk", sparsity=Sparsity.parse(sparsity), steps=config.steps
     )
     changes = VARIANTS[variant].changes
+    if not changes.keys() & {"method", "refit"}:
+        changes = {"distill": config.distill} | changes
     return replace(plain, seed=seed, **changes)
 
 
@@ -289,10 +294,7 @@ def body(config: Config) -> None:
     }
     cells, rows = plan(config), []
     with RunFolder(config.out, config, resume=config.resume, inputs=inputs) as run:
-        steps = [
-            units(settings_of(*cell, config), material.shape) * material.shape.num_hidden_layers
-            for cell in cells
-        ]
+        steps = [units(settings_of(*cell, config), material.shape) for cell in cells]
         with tqdm(total=sum(steps), unit="chunk") as bar:
             for i, cell in enumerate(cells):
                 name = "-".join(map(str, cell)).replace(":", "of")

@@ -76,6 +76,9 @@ class Config:
     """descent calibrates on the model pruned so far; else every layer on the dense one"""
     steps: int | None = None
     """steps of the descent in every block; the preset's if left out"""
+    distill: int | None = None
+    """steps of distillation from the dense model at the end, of all kept weights together, by
+    descent; if left out, 300 for models of up to 100 million parameters and none for larger ones"""
     batch: int = 8
     """windows at once in forward passes; lower it if memory runs out"""
     seed: int = 0
@@ -113,6 +116,7 @@ class Config:
             refit=self.refit,
             propagate=self.propagate,
             steps=self.steps,
+            distill=self.distill,
             batch=self.batch,
             seed=self.seed,
         )
@@ -210,7 +214,7 @@ def body(config: Config) -> None:
         model = llama.load(folder, config.dtype)
         masks: dict[str, np.ndarray] = {}
         rows: list[dict[str, Any]] = []
-        total = units(settings, shape) * shape.num_hidden_layers
+        total = units(settings, shape)
         with tqdm(total=total, unit="chunk", disable=not is_writer()) as bar:
 
             def progress(where: Progress) -> None:

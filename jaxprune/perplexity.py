@@ -96,17 +96,29 @@ def _mean(
 
 @jax.jit
 def window_divergences(model: Llama, reference: Llama, tokens: Tokens) -> Float[Array, " b"]:
-    """Mean divergence of the predictions at every position of a window, in nats, float32.
+    """Mean divergence of the predictions at every position of a window, in nats, float32."""
+    hidden, expected = model.hidden_states(tokens), reference.hidden_states(tokens)
+    return head_divergences(model, reference, hidden, expected)
 
-    Logits are held for one window at a time.
+
+def head_divergences(
+    model: Llama,
+    reference: Llama,
+    hidden: Float[Array, "b n d"],
+    expected: Float[Array, "b n d"],
+) -> Float[Array, " b"]:
+    """``window_divergences`` from the hidden states of both after the last block.
+
+    Logits are held for one window at a time, also by a backward pass.
     """
 
-    def one(hidden: tuple[Array, Array]) -> Array:
-        found = jax.nn.log_softmax(model.head(hidden[0]))
-        expected = jax.nn.log_softmax(reference.head(hidden[1]))
-        return jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1))
+    @jax.checkpoint
+    def one(window: tuple[Array, Array]) -> Array:
+        log_found = jax.nn.log_softmax(model.head(window[0]))
+        log_expected = jax.nn.log_softmax(reference.head(window[1]))
+        return jnp.mean(jnp.sum(jnp.exp(log_expected) * (log_expected - log_found), axis=-1))
 
-    return lax.map(one, (model.hidden_states(tokens), reference.hidden_states(tokens)))
+    return lax.map(one, (hidden, expected))
 
 
 @jax.jit

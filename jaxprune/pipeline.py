@@ -4,11 +4,13 @@ Two streams of hidden states go through the model: those of the dense model, whi
 attention and blocks should give, and those of the model as pruned so far, which the original
 Wanda and SparseGPT calibrate on. Both hold one array of all windows; everything else is gathered
 batch by batch. After every block, and inside a descent every few seconds, what is needed to go on
-is written to a work folder, so that a run that was killed ends with the same bits.
+is written to a work folder, so that a run that was killed ends with the same bits. Where a model
+is small enough, the kept weights of all blocks are then distilled together from the dense model.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from jaxprune.baselines import PrunedLinear, magnitude
 from jaxprune.baselines.sparsegpt import hessian, sparsegpt_from_hessian
 from jaxprune.baselines.wanda import feature_norms, wanda_from_norms
 from jaxprune.calibration import next_hidden
-from jaxprune.descent import Descent, DescentState, Trace, descend
+from jaxprune.descent import Descent, DescentResult, DescentState, Trace, descend
 from jaxprune.errors import InputError
 from jaxprune.factored import (
     QueryKeySettings,
@@ -35,7 +37,19 @@ from jaxprune.factored import (
 )
 from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
 from jaxprune.models.llama.descent import BlockSettings, block_context, block_descent
-from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, block, rms_norm
+from jaxprune.models.llama.distillation import (
+    DistillationContext,
+    DistillationSettings,
+    distillation,
+)
+from jaxprune.models.llama.modeling import (
+    INPUT_OF,
+    BlockWeights,
+    Llama,
+    block,
+    parameter_count,
+    rms_norm,
+)
 from jaxprune.presets import split_sequences
 from jaxprune.runs import RunFolder, read_arrays, write_arrays
 from jaxprune.sharding import agreed, by_writer, split_columns, split_windows, whole
@@ -46,6 +60,11 @@ TARGETS = {"qk": ("wq", "wk"), "all": tuple(INPUT_OF)}
 
 # A descent's state is written when that costs less than this part of the time since the last.
 _SAVING_SHARE = 0.1
+# Distillation goes through the whole model, dense and pruned, in every step: it is left out above
+# so many parameters unless asked for.
+_DISTILLED_BY_DEFAULT = 100_000_000
+# W_Q and W_K alone are near what their masks allow after the blocks; all maps have farther to go.
+_DISTILLATION_RATES = {"qk": 0.01, "all": 0.03}
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,8 @@ class PruneSettings:
       refit: descent lets kept weights adapt; else it learns a mask alone (``qk``).
       propagate: descent calibrates on the model as pruned so far (``all`` always does).
       steps: of a descent; the preset's if ``None``.
+      distill: steps of the distillation after a descent with ``refit``; if ``None``, the preset's
+        for models of up to 100 million parameters and none for larger ones.
       batch: windows at once in forward passes.
       seed: of the descent's batches.
       tuning: further changes to the preset, fields of ``QueryKeySettings`` or ``BlockSettings``.
@@ -70,6 +91,7 @@ class PruneSettings:
     refit: bool = True
     propagate: bool = True
     steps: int | None = None
+    distill: int | None = None
     batch: int = 8
     seed: int = 0
     tuning: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +106,10 @@ class PruneSettings:
             raise InputError("--no-refit: only with --method descent and --targets qk")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"--steps {self.steps}: expected 1 or more")
+        if self.distill is not None and self.distill < 0:
+            raise InputError(f"--distill {self.distill}: expected 0 or more steps")
+        if self.distill and not (self.method == "descent" and self.refit):
+            raise InputError("--distill: only with --method descent, and not with --no-refit")
         if self.batch < 1:
             raise InputError(f"--batch {self.batch}: expected 1 or more")
         widths = {config.hidden_size}
@@ -96,6 +122,10 @@ class PruneSettings:
                 raise InputError(f"--sparsity: {error}") from None
 
 
+PrunedBlock = tuple[int, dict[str, np.ndarray], list[dict[str, Any]]]
+"""Number of a block, its keep masks by name, its rows of metrics."""
+
+
 class Progress(NamedTuple):
     """Where a run is, for a progress bar: of ``total`` units, ``done`` are done."""
 
@@ -104,8 +134,26 @@ class Progress(NamedTuple):
     doing: str
 
 
+Report = Callable[[int, str], None]  # units done, and of what
+
+
+def distillation_steps(settings: PruneSettings, config: LlamaConfig) -> int:
+    """Steps of the distillation after the blocks; none for other methods."""
+    if settings.method != "descent" or not settings.refit:
+        return 0
+    if settings.distill is not None:
+        return settings.distill
+    small = parameter_count(config) <= _DISTILLED_BY_DEFAULT
+    return DistillationSettings().steps if small else 0
+
+
 def units(settings: PruneSettings, config: LlamaConfig) -> int:
-    """Units of progress of one block: chunks of its descent, or one."""
+    """Units of progress of a run: chunks of its descents, and one for each block."""
+    last = math.ceil(distillation_steps(settings, config) / Descent.chunk_size)
+    return _block_units(settings, config) * config.num_hidden_layers + last
+
+
+def _block_units(settings: PruneSettings, config: LlamaConfig) -> int:
     if settings.method != "descent":
         return 1
     return 1 + _descent_settings(settings, config).steps // Descent.chunk_size
@@ -118,8 +166,10 @@ def prune_model(
     settings: PruneSettings,
     run: RunFolder,
     progress: Callable[[Progress], None],
-) -> Iterator[tuple[int, dict[str, np.ndarray], list[dict[str, Any]]]]:
+) -> Iterator[PrunedBlock]:
     """Prune ``model`` in place, yielding every block's keep masks and rows of metrics.
+
+    Where there is a distillation, nothing is yielded before its end.
 
     Args:
       model: its block weights are replaced as the run goes on.
@@ -133,30 +183,111 @@ def prune_model(
       InputError: activations or losses are not finite, or a Hessian cannot be factorised.
     """
     settings.check(model.config)
+    total = units(settings, model.config)
+
+    def report(done: int, doing: str) -> None:
+        progress(Progress(done, total, doing))
+
+    if not distillation_steps(settings, model.config):
+        yield from _prune_blocks(model, tokens, heldout, settings, run, report)
+        return
+    # Pruned blocks take the memory of the model's.
+    dense = jax.tree.map(jnp.copy, model.blocks.get_value())
+    pruned = list(_prune_blocks(model, tokens, heldout, settings, run, report))
+    yield from _distill(model, dense, pruned, tokens, heldout, settings, run, report)
+
+
+def _prune_blocks(
+    model: Llama,
+    tokens: np.ndarray,
+    heldout: np.ndarray,
+    settings: PruneSettings,
+    run: RunFolder,
+    report: Report,
+) -> Iterator[PrunedBlock]:
+    """``prune_model`` without distillation."""
     streams = _Streams.start(model, tokens, heldout)
-    each = units(settings, model.config)
-    total = each * model.config.num_hidden_layers
+    names, each = TARGETS[settings.targets], _block_units(settings, model.config)
     for layer in range(model.config.num_hidden_layers):
         name = f"block-{layer}"
         dense = model.block_weights(layer)
-
-        def report(chunk: int, layer: int = layer) -> None:
-            progress(Progress(layer * each + chunk, total, f"block {layer}"))
-
-        report(0)
-        work = _Work(run, name, report)
+        work = _Work(run, name, layer * each, report)
+        work.report(0)
         rows = run.part(name, partial(_prune_block, layer, dense, streams, settings, model, work))
         arrays = run.part_arrays(name)
-        pruned = dense._replace(
-            **{
-                w: jnp.asarray(arrays[w], getattr(dense, w).dtype)
-                for w in TARGETS[settings.targets]
-            }
-        )
+        pruned = dense._replace(**{w: jnp.asarray(arrays[w], dense.wq.dtype) for w in names})
         _set_block(model, layer, pruned)
         streams = streams.after(dense, pruned, settings.batch)
-        report(each)
-        yield layer, {w: arrays[f"keep_{w}"] for w in TARGETS[settings.targets]}, rows
+        work.report(each)
+        yield layer, {w: arrays[f"keep_{w}"] for w in names}, rows
+
+
+def _distill(
+    model: Llama,
+    dense: BlockWeights,
+    blocks: list[PrunedBlock],
+    tokens: np.ndarray,
+    heldout: np.ndarray,
+    settings: PruneSettings,
+    run: RunFolder,
+    report: Report,
+) -> Iterator[PrunedBlock]:
+    """Let the kept weights of all pruned blocks adapt together, and judge every block anew."""
+    name, names = "distillation", TARGETS[settings.targets]
+    before = _block_units(settings, model.config) * model.config.num_hidden_layers
+    work = _Work(run, name, before, report)
+    work.report(0)
+
+    def compute() -> list[dict[str, Any]]:
+        masks = {w: jnp.stack([jnp.asarray(kept[w]) for _, kept, _ in blocks]) for w in names}
+        weights, extra = _run_distillation(model, dense, masks, tokens, settings, work)
+        _set_stacks(model, weights)
+        streams, rows = _Streams.start(model, tokens, heldout), []
+        for layer, _, found in blocks:
+            before, after = (_block_of(b, layer) for b in (dense, model.blocks.get_value()))
+            rows += _head_rows(layer, before, after, streams, {})
+            for new, old in zip(rows[-len(found) :], found, strict=True):
+                new.update(old | new | extra)
+            streams = streams.after(before, None, settings.batch)
+        work.finish(**{w: whole(weights[w]) for w in names})
+        return rows
+
+    rows = run.part(name, compute)
+    _set_stacks(model, {w: jnp.asarray(a) for w, a in run.part_arrays(name).items()})
+    for layer, kept, _ in blocks:
+        yield layer, kept, [row for row in rows if row["layer"] == layer]
+
+
+def _run_distillation(
+    model: Llama,
+    dense: BlockWeights,
+    keep_masks: dict[str, Array],
+    tokens: np.ndarray,
+    settings: PruneSettings,
+    work: _Work,
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    chosen = DistillationSettings(
+        steps=distillation_steps(settings, model.config),
+        learning_rate=_DISTILLATION_RATES[settings.targets],
+    )
+    blocks = model.blocks.get_value()
+    weights = _movable({name: getattr(blocks, name) for name in keep_masks})
+    fit, validation = split_sequences({"tokens": jnp.asarray(tokens)})
+    context = DistillationContext(model, dense, keep_masks)
+    key = jax.random.fold_in(jax.random.key(settings.seed), model.config.num_hidden_layers)
+    found, extra = _run(distillation, chosen, weights, fit, validation, context, key, work)
+    return found.weights, {f"distillation_{name}": value for name, value in extra.items()}
+
+
+def _block_of(blocks: BlockWeights, layer: int) -> BlockWeights:
+    return jax.tree.map(lambda stack: stack[layer], blocks)
+
+
+def _set_stacks(model: Llama, weights: Mapping[str, Array]) -> None:
+    blocks = model.blocks.get_value()
+    model.blocks.set_value(
+        blocks._replace(**{w: a.astype(getattr(blocks, w).dtype) for w, a in weights.items()})
+    )
 
 
 def _set_block(model: Llama, layer: int, weights: BlockWeights) -> None:
@@ -186,11 +317,12 @@ class _Streams(NamedTuple):
         )
         return cls(hidden, hidden, fresh, model.config)
 
-    def after(self, dense: BlockWeights, pruned: BlockWeights, batch: int) -> _Streams:
+    def after(self, dense: BlockWeights, pruned: BlockWeights | None, batch: int) -> _Streams:
+        """Behind a block; without ``pruned``, the stream of the pruned model stays behind."""
         through = partial(next_hidden, config=self.config, batch=batch)
         return self._replace(
             dense=through(dense, self.dense),
-            pruned=through(pruned, self.pruned),
+            pruned=self.pruned if pruned is None else through(pruned, self.pruned),
             heldout=through(dense, self.heldout),
         )
 
@@ -201,18 +333,23 @@ class _Streams(NamedTuple):
 class _Work:
     """Keeps the state of a descent under way, and reports its progress."""
 
-    def __init__(self, run: RunFolder, name: str, report: Callable[[int], None]) -> None:
-        self.run, self.name, self.report = run, name, report
+    def __init__(self, run: RunFolder, name: str, before: int, report: Report) -> None:
+        self.run, self.name = run, name
+        self._before, self._report = before, report
         self._file = run.part_file(f"{name}-state")
         self._saved_at = time.monotonic()
         self._cost = 0.0
+
+    def report(self, chunks: int) -> None:
+        """Say that so many chunks of this part are done."""
+        self._report(self._before + chunks, self.name)
 
     def load(self, start: DescentState) -> DescentState:
         """The saved state, or ``start``."""
         if not agreed(self._file.exists()):
             return start
         leaves, form = jax.tree.flatten(start)
-        saved = read_arrays(self._file, "delete it to begin this block anew")
+        saved = read_arrays(self._file, "delete it to begin this part anew")
         placed = [jax.device_put(saved[str(i)], leaf.sharding) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(form, placed)
 
@@ -225,7 +362,7 @@ class _Work:
             by_writer(lambda: write_arrays(self._file, **arrays))
             self._saved_at = time.monotonic()
             self._cost = self._saved_at - now
-        self.report(int(state.step) // Descent.chunk_size)
+        self.report(math.ceil(int(state.step) / Descent.chunk_size))
 
     def finish(self, **arrays: np.ndarray) -> None:
         """Keep a finished block's arrays; the state is of no more use."""
@@ -355,30 +492,8 @@ def _descend(
     else:
         norms = _input_norms(dense, streams, TARGETS["all"], settings.batch)
         context = block_context(weights, fit, dense, norms, chosen)
-    start = _start(make, chosen, weights, fit, validation, context)
-
-    def chunk(
-        state: DescentState, weights: PyTree, data: PyTree, validation: PyTree, key: Array
-    ) -> tuple[DescentState, Trace]:
-        return _advance(make, chosen, state, weights, data, validation, context, key)
-
-    found = descend(
-        make(weights, fit, context, chosen),
-        weights,
-        fit,
-        key=jax.random.fold_in(jax.random.key(settings.seed), layer),
-        validation=validation,
-        state=work.load(start),
-        on_chunk=work.save,
-        chunk=chunk,
-    )
-    assert found.state.best is not None
-    extra = {
-        "best_step": int(found.state.best.step),
-        "rejected_steps": int(found.state.rejected),
-    }
-    if extra["rejected_steps"] == chosen.steps:
-        raise InputError(f"block {layer}: the loss was never finite; check weights and activations")
+    key = jax.random.fold_in(jax.random.key(settings.seed), layer)
+    found, extra = _run(make, chosen, weights, fit, validation, context, key, work)
     if isinstance(chosen, QueryKeySettings):
         return (
             dict(zip(TARGETS["qk"], found.weights, strict=True)),
@@ -386,6 +501,42 @@ def _descend(
             extra,
         )
     return found.weights, found.keep_masks, extra
+
+
+def _run(
+    make: Callable[..., Descent],
+    settings: QueryKeySettings | BlockSettings | DistillationSettings,
+    weights: PyTree,
+    fit: PyTree,
+    validation: PyTree,
+    context: PyTree,
+    key: Key[Array, ""],
+    work: _Work,
+) -> tuple[DescentResult, dict[str, Any]]:
+    """Run a descent from its saved state where there is one; what to say of it."""
+
+    def chunk(
+        state: DescentState, weights: PyTree, data: PyTree, validation: PyTree, key: Array
+    ) -> tuple[DescentState, Trace]:
+        return _advance(make, settings, state, weights, data, validation, context, key)
+
+    found = descend(
+        make(weights, fit, context, settings),
+        weights,
+        fit,
+        key=key,
+        validation=validation,
+        state=work.load(_start(make, settings, weights, fit, validation, context)),
+        on_chunk=work.save,
+        chunk=chunk,
+    )
+    assert found.state.best is not None
+    if int(found.state.rejected) == settings.steps:
+        raise InputError(f"{work.name}: the loss was never finite; check weights and activations")
+    return found, {
+        "best_step": int(found.state.best.step),
+        "rejected_steps": int(found.state.rejected),
+    }
 
 
 def _movable(weights: PyTree) -> PyTree:
@@ -400,7 +551,7 @@ def _wide(w: Array) -> Array:
 @partial(jax.jit, static_argnums=(0, 1))
 def _start(
     make: Callable[..., Descent],
-    settings: QueryKeySettings | BlockSettings,
+    settings: QueryKeySettings | BlockSettings | DistillationSettings,
     weights: PyTree,
     fit: PyTree,
     validation: PyTree,
@@ -413,7 +564,7 @@ def _start(
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _advance(
     make: Callable[..., Descent],
-    settings: QueryKeySettings | BlockSettings,
+    settings: QueryKeySettings | BlockSettings | DistillationSettings,
     state: DescentState,
     weights: PyTree,
     fit: PyTree,

@@ -53,23 +53,16 @@ def gradual_descent(
       tightened: part of the steps after which the mask has its final size.
       **options: further fields of ``Descent``.
     """
-    scales = jax.tree.map(lambda w: jnp.mean(jnp.abs(w)), weights)
-    # While nothing is dropped the gradient may be rounding alone, of which Adam would make a step
-    # of full size: the mask tightens from the first step, and steps grow from zero.
-    decay = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, max(steps, 1))
+    scales = _mean_sizes(weights)
+    # From the first step: while nothing is dropped gradients are rounding.
     tightening = cubic_sparsity(max(steps, 1), until=tightened)
 
     def penalty(variable: Weights) -> Float[Array, ""]:
         distances = jax.tree.map(
-            lambda v, w, s: jnp.mean((v - w) ** 2) / s**2, variable, weights, scales
+            lambda v, w, s: jnp.mean(((v - w) / s) ** 2), variable, weights, scales
         )
         return jnp.asarray(pull) * sum(jax.tree.leaves(distances))
 
-    optimizer = optax.chain(
-        optax.scale_by_adam(),
-        optax.scale_by_learning_rate(lambda step: jnp.asarray(learning_rate) * decay(step)),
-        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
-    )
     return Descent(
         objective=objective,
         relaxation=gradual(
@@ -78,12 +71,39 @@ def gradual_descent(
             schedule=lambda step: tightening(step + 1),
             group=group,
         ),
-        optimizer=optimizer,
+        optimizer=adam_in_units(weights, learning_rate, steps),
         sparsity=sparsity,
         steps=steps,
         batch_size=batch_size,
         penalty=penalty,
         **options,
+    )
+
+
+def _mean_sizes(weights: Weights) -> PyTree:
+    """Mean ``|w|`` of every matrix, one for each index of leading axes."""
+    return jax.tree.map(lambda w: jnp.mean(jnp.abs(w), axis=(-2, -1), keepdims=True), weights)
+
+
+def adam_in_units(
+    weights: Weights, learning_rate: ArrayLike, steps: int
+) -> optax.GradientTransformation:
+    """Adam with warm-up and cosine decay, its steps in units of the mean ``|w|`` of each matrix.
+
+    Steps grow from zero: near a minimum the first gradients may be rounding alone, of which Adam
+    would make steps of full size.
+
+    Args:
+      weights: pytree of matrices, which give the units.
+      learning_rate: largest step.
+      steps: updates in all.
+    """
+    scales = _mean_sizes(weights)
+    decay = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, max(steps, 1))
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.scale_by_learning_rate(lambda step: jnp.asarray(learning_rate) * decay(step)),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
     )
 
 

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-TOY = ["--windows", "8", "--seqlen", "16", "--steps", "20", "--sparsity", "0.5"]
+TOY = ["--windows", "8", "--seqlen", "16", "--steps", "20", "--distill", "5", "--sparsity", "0.5"]
 
 
 @pytest.fixture

@@ -34,8 +34,9 @@ def text(tmp_path):
     return file
 
 
-def flags(model, text, out, *more):
+def flags(model, text, out, *more, distill=0):
     fixed = ["--windows", "8", "--seqlen", "32", "--heldout", "2", "--steps", "60"]
+    fixed += ["--distill", distill]
     named = ["--model", model, "--calibration", text, "--out", out]
     return [str(a) for a in (*named, *fixed, *more)]
 
@@ -48,7 +49,7 @@ def test_zeros_are_exact_and_everything_else_is_untouched(
 ):
     model, out = checkpoint(MODEL), tmp_path / "out"
     more = ("--method", method, "--sparsity", sparsity, "--targets", targets)
-    assert prune(flags(model, text, out, *more)) == 0
+    assert prune(flags(model, text, out, *more, distill=10 * (method == "descent"))) == 0
     before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     for name, dense in before.items():
@@ -94,7 +95,7 @@ def test_interrupted_anywhere_then_resumed_gives_the_same_bits(
     from jaxprune import pipeline
 
     model = checkpoint(MODEL)
-    assert prune(flags(model, text, tmp_path / "whole", "--targets", targets)) == 0
+    assert prune(flags(model, text, tmp_path / "whole", "--targets", targets, distill=60)) == 0
     save, left = pipeline._Work.save, [0]
 
     def interrupted(work, state, trace):
@@ -104,8 +105,9 @@ def test_interrupted_anywhere_then_resumed_gives_the_same_bits(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline._Work, "save", interrupted)
-    arguments = flags(model, text, tmp_path / "parts", "--targets", targets, "--resume")
-    for chunks in (1, 2, 1):
+    arguments = flags(model, text, tmp_path / "parts", "--targets", targets, "--resume", distill=60)
+    # In the first block, at the end of the second, in the distillation.
+    for chunks in (1, 3, 1):
         left[0] = chunks
         assert prune(arguments) == 130
         assert not (tmp_path / "parts").exists()
@@ -125,7 +127,8 @@ def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
     model = checkpoint(MODEL)
 
     def start(name):
-        arguments = flags(model, text, tmp_path / name, "--steps", "400", "--resume")
+        more = ("--steps", "400", "--resume")
+        arguments = flags(model, text, tmp_path / name, *more, distill=100)
         command = [sys.executable, str(REPOSITORY / "experiments" / "prune.py"), *arguments]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -151,6 +154,9 @@ def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
         (("--method", "obs"), "--method obs"),
         (("--targets", "mlp"), "--targets mlp"),
         (("--no-refit", "--method", "wanda"), "--no-refit"),
+        (("--distill", "5", "--method", "wanda"), "--distill"),
+        (("--distill", "5", "--no-refit"), "--distill"),
+        (("--distill", "-1"), "--distill"),
         (("--steps", "0"), "--steps"),
         (("--batch", "0"), "--batch"),
         (("--windows", "9999"), "needs"),

@@ -24,7 +24,7 @@ class BlockSettings(NamedTuple):
 
     config: LlamaConfig
     sparsity: Sparsity
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 4
     learning_rate: float = 0.05
 

@@ -12,6 +12,7 @@ Hugging Face's code does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -83,6 +84,14 @@ def block_shapes(config: LlamaConfig) -> BlockWeights:
     keys = config.num_key_value_heads * config.head_dim
     shapes = ((d,), (d, queries), (d, keys), (d, keys), (queries, d), (d,), (d, f), (d, f), (f, d))
     return BlockWeights(*shapes)  # type: ignore[arg-type]
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """Parameters of a model with these settings, a tied embedding counted once."""
+    block = sum(math.prod(shape) for shape in block_shapes(config))
+    embeddings = 1 if config.tie_word_embeddings else 2
+    width = config.hidden_size
+    return config.num_hidden_layers * block + (embeddings * config.vocab_size + 1) * width
 
 
 class Llama(nnx.Module):
