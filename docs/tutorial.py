@@ -206,7 +206,8 @@ print("relative error of every query head:", np.round(layer.calibration_error, 4
 #
 # Block after block, each on the activations of the model as pruned so far; then perplexity on a
 # text that took no part. The result is an ordinary checkpoint. `experiments/prune.py` does the same
-# with more care about files.
+# with more care about files, and then distils the kept weights of all blocks together, which is
+# left out here.
 
 # %%
 text = data.evaluation_windows("zoo", tokenizer, seqlen=SEQLEN, windows=4 if TOY else 64)
@@ -214,7 +215,7 @@ dense = perplexity.evaluate(model, text)["perplexity"]
 found_perplexity = {}
 for method in ("wanda", "descent"):
     smaller = llama.load(folder)
-    settings = PruneSettings(method, "qk", half, steps=STEPS)
+    settings = PruneSettings(method, "qk", half, steps=STEPS, distill=0)
     with RunFolder(FIGURES / "work", settings) as run:
         for _ in prune_model(
             smaller, windows.tokens, fresh.tokens, settings, run, lambda progress: None

@@ -32,7 +32,14 @@ from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import write_weights
 from jaxprune.models.llama.files import check_new_folder, checkpoint_hashes, new_folder
 from jaxprune.models.tokenizer import Tokenizer
-from jaxprune.pipeline import TARGETS, Progress, PruneSettings, prune_model, units
+from jaxprune.pipeline import (
+    TARGETS,
+    Progress,
+    PruneSettings,
+    distillation_steps,
+    prune_model,
+    units,
+)
 from jaxprune.runs import (
     RunFolder,
     configuration,
@@ -200,6 +207,11 @@ def body(config: Config) -> None:
         f"{config.method} on {', '.join(TARGETS[config.targets])} of {shape.num_hidden_layers} "
         f"blocks; besides the weights and one block's work, {hidden / 2**20:.0f} MiB of hidden "
         f"states are held, in proportion to the windows"
+        + (
+            "; distillation holds the dense blocks too"
+            if distillation_steps(settings, shape)
+            else ""
+        )
     )
     inputs = {
         "model": checkpoint_hashes(folder),

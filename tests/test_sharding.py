@@ -125,6 +125,7 @@ def test_two_processes_write_what_one_of_two_devices_writes(tmp_path, checkpoint
     text, model = tmp_path / "text.txt", checkpoint("untied_gqa")
     text.write_text(" ".join(words))
     short = ["--windows", "8", "--seqlen", "16", "--heldout", "2", "--steps", "50"]
+    short += ["--distill", "10"]
     named = ("--model", str(model), "--calibration", str(text))
     script = ("experiments/prune.py", *named, *short)
     with socket.socket() as free:

@@ -510,7 +510,7 @@ FLAGS = {
     "perplexity": ["--seqlen", "--windows", "--batch", "--dtype", "--text", "--model"],
     "prune": [
         *("--sparsity", "--windows", "--seqlen", "--heldout", "--method", "--targets", "--steps"),
-        *("--batch", "--seed", "--calibration", "--model"),
+        *("--batch", "--seed", "--calibration", "--model", "--distill"),
     ],
     "llama_heads": ["--ratios", "--methods", "--head-batch", "--steps", "--batch-size", "--input"],
 }
