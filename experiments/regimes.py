@@ -92,7 +92,7 @@ class Config:
     repeat: Path | None = None
     """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
 
-    memory_flags: ClassVar[str] = "--tokens-per-entry or --d"
+    memory_flags: ClassVar[str] = "--tokens-per-entry, --n or --d"
 
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""

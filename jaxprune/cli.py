@@ -7,6 +7,7 @@ not allow it (disk full, no permission, out of memory), one line on standard err
 
 from __future__ import annotations
 
+import _thread
 import ast
 import contextlib
 import dataclasses
@@ -15,7 +16,8 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -218,11 +220,40 @@ def compare(original: Path, out: Path) -> int:
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether the device or the host had no memory left."""
-    # Computations queued on a CPU report it as INTERNAL, with the reason in words.
+    # Computations queued on a CPU report it as INTERNAL, with the reason in words; products of
+    # matrices there, by X- or YNNPACK, which need room for a copy, do not even say the reason.
     return isinstance(error, MemoryError) or (
         isinstance(error, jax.errors.JaxRuntimeError)
-        and any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory"))
+        and any(
+            sign in str(error)
+            for sign in ("RESOURCE_EXHAUSTED", "Out of memory", "NNPACK operation failed")
+        )
     )
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Interrupt again where an interrupt fell into a callback, whose exceptions Python drops.
+
+    JAX has one in every garbage collection: without this, some Ctrl-C do nothing.
+    """
+    before, again = sys.unraisablehook, list[threading.Timer]()
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        again.append(threading.Timer(0.05, _thread.interrupt_main))
+        again[-1].daemon = True
+        again[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in again:
+            timer.cancel()
 
 
 def run_script(
@@ -247,7 +278,8 @@ def run_script(
         if original is not None:
             config = recorded_config(config, prog)
         use_compilation_cache()
-        body(config)
+        with _interrupts_kept():
+            body(config)
         status = 0 if original is None else compare(original, config.out)
         sys.stdout.flush()  # a full disk shows here, not while Python exits
         return status

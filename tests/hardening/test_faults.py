@@ -2,9 +2,11 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -78,22 +80,23 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def start(name, cache, out, *more):
+def start(name, cache, out, *more, scripts=SCRIPTS, errors="errors.txt", **options):
     command = [sys.executable, str(REPOSITORY / "experiments" / f"{name}.py"), "--out", str(out)]
-    with (out.parent / "errors.txt").open("w") as errors:
+    with (out.parent / errors).open("w") as errors:
         return subprocess.Popen(
-            [*command, *SCRIPTS[name], *map(str, more)],
+            [*command, *scripts[name], *map(str, more)],
             stdout=subprocess.DEVNULL,
             stderr=errors,
             cwd=out.parent,
             env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+            **options,
         )
 
 
-def begun(process, out):
+def begun(process, out, file="config.json"):
     """Wait until a run has claimed its folder; its imports are no part of it."""
     deadline = time.monotonic() + 120
-    while not (out / "config.json").exists() and process.poll() is None:
+    while not list(out.glob(file)) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -128,6 +131,104 @@ def test_an_interrupt_is_a_clean_stop_that_says_how_to_go_on(cache, tmp_path):
     errors = (tmp_path / "errors.txt").read_text()
     assert errors.endswith(f"synthetic.py: interrupted; {RESUMES}\n")
     assert "Traceback" not in errors
+
+
+# Runs of seconds, and what is there from their first second on.
+LONG = {
+    "synthetic": [
+        *("--k", "2", "--d", "4", "--n", "6", "8", "--settings", "soft"),
+        *("--seeds", "1", "--steps", "400", "--ratio", "0.5"),
+    ],
+    "llama_heads": [
+        *("--head-batch", "1", "--ratios", "0.5", "--steps", "600"),
+        *("--methods", "wanda", "descent", "fused_magnitude"),
+    ],
+    "prune": ["--windows", "8", "--seqlen", "16", "--heldout", "2", "--steps", "300"],
+}
+
+
+@pytest.fixture(scope="module", params=LONG)
+def long(request, cache, tmp_path_factory):
+    """A long run, and a second one that was begun into the same folder."""
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    draw, more = np.random.default_rng(0), ()
+    if name == "llama_heads":
+        shapes = {"x": (8, 32, 16), "x_heldout": (2, 32, 16), "wq": (16, 4, 8), "wk": (16, 2, 8)}
+        np.savez(folder / "layer.npz", **{n: draw.normal(size=s) for n, s in shapes.items()})
+        more = ("--input", folder / "layer.npz")
+    elif name == "prune":
+        (folder / "text.txt").write_text(" ".join(draw.choice(["the cat", "sat", "on it"], 3000)))
+        more = ("--calibration", folder / "text.txt")
+
+    def begin(out, *flags, **options):
+        return start(name, cache, folder / out, *more, *flags, scripts=LONG, **options)
+
+    def under_way(process, out):
+        at = f".{out}.work" if name == "prune" else out
+        begun(process, folder / at, f"parts/*.{'npz' if name == 'prune' else 'json'}")
+
+    process = begin("whole")
+    under_way(process, "whole")
+    second = begin("whole", "--resume", errors="second.txt")
+    return begin, under_way, folder, (second.wait(), process.wait())
+
+
+@pytest.mark.slow
+def test_of_two_processes_at_once_the_second_is_refused(long):
+    _, _, folder, statuses = long
+    assert statuses == (2, 0)
+    (error,) = (folder / "second.txt").read_text().splitlines()
+    assert "another run is writing there" in error
+
+
+@pytest.mark.slow
+def test_interrupted_under_way_it_says_how_to_go_on_and_ends_with_the_same_bits(long):
+    begin, under_way, folder, _ = long
+    process = begin("halved")
+    under_way(process, "halved")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    errors = (folder / "errors.txt").read_text()
+    assert errors.endswith(f": interrupted; {RESUMES}\n")
+    assert "Traceback" not in errors
+    assert begin("halved", "--resume").wait() == 0
+    assert results(folder / "whole") == results(folder / "halved")
+
+
+def test_an_interrupt_in_a_callback_is_not_lost(tmp_path, capsys):
+    """Python drops what is raised in callbacks of the garbage collector; JAX has one."""
+
+    def interrupted(phase, info):
+        gc.callbacks.remove(interrupted)
+        signal.raise_signal(signal.SIGINT)
+
+    def body(config):
+        gc.callbacks.append(interrupted)
+        gc.collect()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    hook = sys.unraisablehook
+    assert cli.run_script(Settings, body, [], "tool.py") == 130
+    assert capsys.readouterr().err == f"tool.py: interrupted; {RESUMES}\n"
+    assert sys.unraisablehook is hook
+
+
+@pytest.mark.slow
+def test_memory_that_is_not_there_is_one_line(cache, tmp_path):
+    """In 4 GB of addresses there is no room for 40,000 × 40,000 numbers."""
+    flags = {"synthetic": ["--d", "40000", "--k", "4", "--n", "8", "--settings", "soft"]}
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (4 * 10**9, 4 * 10**9))
+
+    process = start("synthetic", cache, tmp_path / "out", scripts=flags, preexec_fn=limit)
+    assert process.wait(120) == 2
+    errors = (tmp_path / "errors.txt").read_text()
+    assert errors.splitlines()[-1].startswith("synthetic.py: error: out of memory; lower --")
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "out" / "parts").iterdir())
 
 
 def test_a_second_run_into_the_same_folder_is_refused(heads, layer, tmp_path, capsys):
@@ -214,6 +315,7 @@ def test_a_full_disk_leaves_nothing_half_written(
         MemoryError(),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: allocating 9 bytes."),
         jax.errors.JaxRuntimeError("INTERNAL: dispatching: Out of memory allocating 9 bytes."),
+        jax.errors.JaxRuntimeError("INTERNAL: dispatching: YNNPACK operation failed: error"),
     ],
 )
 @pytest.mark.parametrize("name", [*SCRIPTS, "convergence", "train_zoo", "prune", "perplexity"])
