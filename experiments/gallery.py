@@ -154,9 +154,18 @@ class Config:
 
 
 def copy(source: Path, target: Path, colours: int) -> None:
-    """Write the figure with a palette of few colours."""
-    with Image.open(source) as image, replacing(target) as partial:
-        image.convert("RGB").quantize(colours).save(partial, format="PNG", optimize=True)
+    """Write the figure with a palette of few colours.
+
+    Raises:
+      InputError: the source is no whole image.
+    """
+    try:
+        with Image.open(source, formats=["PNG"]) as image:
+            reduced = image.convert("RGB").quantize(colours)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{source}: not a whole PNG ({error}); draw it again") from None
+    with replacing(target) as partial:
+        reduced.save(partial, format="PNG", optimize=True)
 
 
 def page(present: Sequence[str]) -> str:
@@ -175,6 +184,8 @@ def body(config: Config) -> None:
     """Copy, write."""
     if not 2 <= config.colours <= 256:
         raise InputError(f"--colours {config.colours}: expected 2 to 256")
+    if not config.runs.is_dir():
+        raise InputError(f"--runs {config.runs}: no such folder")
     figures = config.docs / "figures"
     check_writable(figures, "--docs")
     for name, entry in ENTRIES.items():

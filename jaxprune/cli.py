@@ -104,15 +104,16 @@ def _field_texts(config_type: type) -> dict[str, str]:
 def _check_given(argv: Sequence[str]) -> None:
     """Raise ``InputError`` for an empty value, such as a shell makes of a variable that is not set.
 
-    As a path it would be the current folder.
+    As a path it would be the current folder. Null characters, of edited settings, are in no path.
     """
     flag = ""
     for argument in argv:
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
             argument = value if equals else flag
-        if not argument:
-            raise InputError(f"{flag or 'an argument'}: is empty, expected a value")
+        if not argument or "\0" in argument:
+            what = "is empty" if not argument else "holds a null character"
+            raise InputError(f"{flag or 'an argument'}: {what}, expected a value")
 
 
 def _check_values(config: Any) -> None:
@@ -289,14 +290,14 @@ def run_script(
         # The disk, its permissions or limits: what was finished is kept, nothing is half-written.
         out = getattr(config, "out", None)
         where = f"{error.filename}: " if error.filename else f"--out {out}: " if out else ""
-        return _failed(prog, f"{where}{error.strerror or error}{_continues(config_type)}")
+        return _failed(prog, f"{where}{error.strerror or error}{_continues(config_type, config)}")
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not _out_of_memory(error):
             raise
         flags = getattr(config_type, "memory_flags", "")
         return _failed(prog, "out of memory" + (f"; lower {flags}" if flags else ""))
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted{_continues(config_type)}", file=sys.stderr)
+        print(f"{prog}: interrupted{_continues(config_type, config)}", file=sys.stderr)
         return 130
 
 
@@ -308,7 +309,8 @@ def _failed(prog: str, message: str) -> int:
     return 2
 
 
-def _continues(config_type: type) -> str:
-    """How to go on after a stop, for scripts that can."""
+def _continues(config_type: type, config: Any) -> str:
+    """How to go on after a stop, for scripts that can and were not only drawing."""
     resumes = any(field.name == "resume" for field in dataclasses.fields(config_type))
+    resumes = resumes and not getattr(config, "redraw", False)
     return "; the same command with --resume continues" if resumes else ""

@@ -72,6 +72,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(run, argv, named):
         (["--out="], "--out: is empty, expected a value"),
         (["--out", ""], "--out: is empty, expected a value"),
         ([""], "an argument: is empty, expected a value"),
+        (["--out", "a\0b"], "--out: holds a null character, expected a value"),
         (["--k", "16", "64", "16"], "--k 16: is there twice; give it once"),
     ],
 )
@@ -121,6 +122,24 @@ def test_an_interruption_says_how_to_go_on_and_is_status_130(run):
     status, _, _, err = run([], body)
     assert status == 130
     assert err == "tool.py: interrupted; the same command with --resume continues\n"
+
+
+def test_a_stop_while_drawing_again_is_not_said_to_be_resumed(capsys):
+    @dataclass(frozen=True)
+    class Drawing(Config):
+        """What the script is for."""
+
+        redraw: Flag = False
+        """only draw"""
+
+    for error in (KeyboardInterrupt, FileExistsError(17, "File exists", "figures")):
+
+        def body(config, error=error):
+            raise error
+
+        run_script(Drawing, body, ["--redraw"], "tool.py")
+    shown = capsys.readouterr().err
+    assert shown == "tool.py: interrupted\ntool.py: error: figures: File exists\n"
 
 
 def test_a_defect_keeps_its_traceback(run):
