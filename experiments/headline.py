@@ -124,10 +124,11 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
 
 def replaced(readme: str, text: str, name: Path) -> str:
     """The README with ``text`` between its markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise InputError(f"--readme {name}: expected one line `{BEGIN}` and one `{END}`")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or readme.count(BEGIN) + readme.count(END) > 2:
+        raise InputError(f"--readme {name}: expected one line `{BEGIN}` and then one `{END}`")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
 def body(config: Config) -> None:

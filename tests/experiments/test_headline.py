@@ -61,16 +61,16 @@ def test_the_table_goes_between_the_markers_and_can_be_made_again(headline, run,
 def test_what_does_not_fit_is_one_line(headline, run, tmp_path, capsys):
     readme = tmp_path / "README.md"
     assert headline.main(flags(run, readme, tmp_path)) == 2
-    readme.write_text("no markers")
-    assert headline.main(flags(run, readme, tmp_path)) == 2
+    for markers in ("{END}{BEGIN}", "{BEGIN}{BEGIN}{END}", "{BEGIN}{END}{END}", "no markers"):
+        readme.write_text(markers.format(BEGIN=headline.BEGIN, END=headline.END))
+        assert headline.main(flags(run, readme, tmp_path)) == 2
     metrics = pd.read_csv(run / "metrics.csv")
     metrics[metrics["variant"] != "wanda"].to_csv(run / "metrics.csv", index=False)
     assert headline.main(flags(run, readme, tmp_path)) == 2
     assert readme.read_text() == "no markers"
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("error: ")[2][:8] for line in lines] == [
-        "--readme",
-        "--readme",
+        *["--readme"] * 5,
         "--run: n",
     ]
 
