@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import _thread
 import ast
+import atexit
 import contextlib
 import dataclasses
 import inspect
 import io
 import os
+import signal
 import sys
 import textwrap
 import threading
@@ -297,6 +299,8 @@ def run_script(
         flags = getattr(config_type, "memory_flags", "")
         return _failed(prog, "out of memory" + (f"; lower {flags}" if flags else ""))
     except KeyboardInterrupt:
+        # What JAX cleans up at exit takes a while: a second Ctrl-C would end in a traceback there.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         print(f"{prog}: interrupted{_continues(config_type, config)}", file=sys.stderr)
         return 130
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,31 @@ def test_an_interruption_says_how_to_go_on_and_is_status_130(run):
     status, _, _, err = run([], body)
     assert status == 130
     assert err == "tool.py: interrupted; the same command with --resume continues\n"
+
+
+def test_a_second_interruption_does_not_disturb_the_exit(tmp_path):
+    code = """
+import atexit, os, signal, sys, time
+from dataclasses import dataclass
+from jaxprune.cli import run_script
+
+@dataclass(frozen=True)
+class Config:
+    "Nothing."
+
+def cleaning_up():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+def body(config):
+    raise KeyboardInterrupt
+
+atexit.register(cleaning_up)
+sys.exit(run_script(Config, body, [], "tool.py"))
+"""
+    (tmp_path / "tool.py").write_text(code)
+    done = subprocess.run([sys.executable, tmp_path / "tool.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "tool.py: interrupted\n")
 
 
 def test_a_stop_while_drawing_again_is_not_said_to_be_resumed(capsys):
