@@ -30,7 +30,6 @@ from jaxprune.runs import (
     replacing,
 )
 
-BEGIN, END = "<!-- headline: written by `make headline` -->", "<!-- end of headline -->"
 KEPT = ("metrics.csv", "config.json", "environment.json")
 METHODS = {
     "magnitude": "magnitude",
@@ -40,7 +39,10 @@ METHODS = {
     "descent": "**descent**",
 }
 COLUMNS = Columns(
-    ("seed", "calibration_error", "heldout_error", "perplexity_gap", "dense_perplexity"),
+    (
+        *("seed", "calibration_error", "heldout_error"),
+        *("divergence", "perplexity_gap", "dense_perplexity"),
+    ),
     texts=("variant", "sparsity"),
 )
 SETTINGS = {"model": str, "calibration": str, "windows": int, "seqlen": int, "steps": int}
@@ -60,7 +62,7 @@ class Config:
     readme: Path = Path("README.md")
     """file with the markers"""
     saved: Path = SAVED
-    """where metrics and settings of the run are kept"""
+    """where metrics and settings of the run are kept; its name is that of the markers"""
     show: Flag = False
     """only print the table"""
 
@@ -90,7 +92,8 @@ def settings_of(run: Path) -> dict[str, Any]:
 def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
     """A Markdown table of methods by sparsity, and a sentence on how it was measured."""
     for sparsity, rows_there in metrics.groupby("sparsity"):
-        missing = [name for name in METHODS if name not in set(rows_there["variant"])]
+        found = set(rows_there["variant"])
+        missing = [name for name in ("descent", "wanda", "sparsegpt") if name not in found]
         if missing:
             raise InputError(
                 f"--run: no rows of {', '.join(missing)} at sparsity {sparsity} in its metrics; "
@@ -101,11 +104,14 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
     for sparsity in dict.fromkeys(metrics["sparsity"]):
         for name, label in METHODS.items():
             here = metrics[(metrics["sparsity"] == sparsity) & (metrics["variant"] == name)]
+            if here.empty:
+                continue
             rows.append(
                 {
                     "pruned": str(sparsity),
                     "method": label,
                     "perplexity": spread(here["perplexity_gap"] + dense),
+                    "divergence": spread(here["divergence"]),
                     "attention error, held-out": spread(here["heldout_error"]),
                     "on calibration": spread(here["calibration_error"]),
                 }
@@ -116,19 +122,26 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
         f"{shown}\n\n"
         f"`W_Q` and `W_K` of every layer of `{config['model']}`; dense perplexity {dense:.2f}. "
         f"Calibrated on {config['windows']} windows of {config['seqlen']} tokens of "
-        f"`{config['calibration']}`; perplexity and held-out error on text of `{text}` that was "
-        f"not calibrated on; {config['steps']} steps a block. Descents: mean of {config['seeds']} "
+        f"`{config['calibration']}`; perplexity, divergence from the dense model's predictions "
+        f"(nats) and held-out error on text of `{text}` that was not calibrated on; "
+        f"{config['steps']} steps a block. Descents: mean of {config['seeds']} "
         "seeds ± half their range; the baselines have no randomness."
     )
 
 
-def replaced(readme: str, text: str, name: Path) -> str:
-    """The README with ``text`` between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or readme.count(BEGIN) + readme.count(END) > 2:
-        raise InputError(f"--readme {name}: expected one line `{BEGIN}` and then one `{END}`")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+def markers(name: str) -> tuple[str, str]:
+    """Lines of the README that a table stands between."""
+    return f"<!-- {name}: written by experiments/headline.py -->", f"<!-- end of {name} -->"
+
+
+def replaced(readme: str, text: str, name: str, file: Path) -> str:
+    """The README, of ``file``, with ``text`` between the markers ``name``."""
+    first, last = markers(name)
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end or readme.count(first) + readme.count(last) > 2:
+        raise InputError(f"--readme {file}: expected one line `{first}` and then one `{last}`")
+    return f"{before}{first}\n{text}\n{last}{after}"
 
 
 def body(config: Config) -> None:
@@ -144,7 +157,7 @@ def body(config: Config) -> None:
         readme = config.readme.read_text(encoding="utf-8")
     except ValueError:
         raise InputError(f"--readme {config.readme}: not text in UTF-8") from None
-    page = replaced(readme, text, config.readme)
+    page = replaced(readme, text, config.saved.name, config.readme)
     for name in KEPT:
         if not (config.run / name).is_file():
             raise InputError(f"--run {config.run}: has no {name}")

@@ -349,7 +349,11 @@ class _Work:
         if not agreed(self._file.exists()):
             return start
         leaves, form = jax.tree.flatten(start)
-        saved = read_arrays(self._file, "delete it to begin this part anew")
+        remedy = "delete it to begin this part anew"
+        saved = read_arrays(self._file, remedy)
+        form_of = {str(i): (leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)}
+        if {name: (array.shape, array.dtype) for name, array in saved.items()} != form_of:
+            raise InputError(f"{self._file}: not the state of this descent; {remedy}")
         placed = [jax.device_put(saved[str(i)], leaf.sharding) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(form, placed)
 

@@ -23,6 +23,7 @@ def run(headline, tmp_path):
             "seed": seed,
             "calibration_error": 0.25,
             "heldout_error": 0.5 + 0.1 * seed,
+            "divergence": 0.125,
             "perplexity_gap": 1.0 + seed,
             "dense_perplexity": 20.0,
         }
@@ -37,36 +38,45 @@ def run(headline, tmp_path):
     return folder
 
 
+@pytest.fixture
+def ends(headline):
+    """The markers of a folder named saved."""
+    return headline.markers("saved")
+
+
 def flags(run, readme, saved):
     return ["--run", str(run), "--readme", str(readme), "--saved", str(saved)]
 
 
-def test_the_table_goes_between_the_markers_and_can_be_made_again(headline, run, tmp_path):
+def test_the_table_goes_between_the_markers_and_can_be_made_again(headline, run, tmp_path, ends):
     readme, saved = tmp_path / "README.md", tmp_path / "saved"
-    readme.write_text(f"before\n{headline.BEGIN}\nold\n{headline.END}\nafter\n")
+    readme.write_text("before\n{}\nold\n{}\nafter\n".format(*ends))
     assert headline.main(flags(run, readme, saved)) == 0
     page = readme.read_text()
     assert page.startswith("before\n")
     assert page.endswith("\nafter\n")
     assert "old" not in page
     lines = [[c.strip() for c in line.split("|")] for line in page.splitlines() if "|" in line]
-    found = {(row[1], row[2]): row[3:6] for row in lines[2:]}
+    found = {(row[1], row[2]): row[3:7] for row in lines[2:]}
     assert len(found) == 2 * len(headline.METHODS)
-    assert found["0.5", "Wanda"] == ["21.00", "0.500", "0.250"]
-    assert found["2:4", "**descent**"] == ["21.50 ± 0.50", "0.550 ± 0.050", "0.250 ± 0.000"]
+    assert found["0.5", "Wanda"] == ["21.00", "0.125", "0.500", "0.250"]
+    assert found["2:4", "**descent**"] == [
+        *("21.50 ± 0.50", "0.125 ± 0.000"),
+        *("0.550 ± 0.050", "0.250 ± 0.000"),
+    ]
     assert headline.main(flags(saved, readme, saved)) == 0
     assert readme.read_text() == page
 
 
-def test_what_does_not_fit_is_one_line(headline, run, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    assert headline.main(flags(run, readme, tmp_path)) == 2
-    for markers in ("{END}{BEGIN}", "{BEGIN}{BEGIN}{END}", "{BEGIN}{END}{END}", "no markers"):
-        readme.write_text(markers.format(BEGIN=headline.BEGIN, END=headline.END))
-        assert headline.main(flags(run, readme, tmp_path)) == 2
+def test_what_does_not_fit_is_one_line(headline, run, tmp_path, capsys, ends):
+    readme, saved = tmp_path / "README.md", tmp_path / "saved"
+    assert headline.main(flags(run, readme, saved)) == 2
+    for markers in ("{1}{0}", "{0}{0}{1}", "{0}{1}{1}", "no markers"):
+        readme.write_text(markers.format(*ends))
+        assert headline.main(flags(run, readme, saved)) == 2
     metrics = pd.read_csv(run / "metrics.csv")
     metrics[metrics["variant"] != "wanda"].to_csv(run / "metrics.csv", index=False)
-    assert headline.main(flags(run, readme, tmp_path)) == 2
+    assert headline.main(flags(run, readme, saved)) == 2
     assert readme.read_text() == "no markers"
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("error: ")[2][:8] for line in lines] == [
@@ -98,13 +108,13 @@ def test_settings_of_another_script_are_one_line(headline, run, tmp_path, capsys
     ("column", "value", "named"),
     [
         ("perplexity_gap", "much", "perplexity_gap much, not a finite number"),
-        ("variant", "other", "no rows of magnitude at sparsity 0.5"),
-        ("sparsity", "0.7", "no rows of magnitude at sparsity 0.5"),
+        ("variant", "other", "no rows of wanda at sparsity 0.5"),
+        ("sparsity", "0.7", "no rows of wanda at sparsity 0.5"),
     ],
 )
 def test_damaged_metrics_are_one_line(headline, run, tmp_path, capsys, column, value, named):
     metrics = pd.read_csv(run / "metrics.csv").astype(object)
-    metrics.loc[0, column] = value
+    metrics.loc[1, column] = value  # of Wanda
     metrics.to_csv(run / "metrics.csv", index=False)
     assert headline.main([*flags(run, tmp_path / "README.md", tmp_path), "--show"]) == 2
     shown = capsys.readouterr().err
@@ -112,11 +122,11 @@ def test_damaged_metrics_are_one_line(headline, run, tmp_path, capsys, column, v
     assert shown.count("\n") == 1
 
 
-def test_files_that_cannot_be_copied_or_read_are_one_line(headline, run, tmp_path, capsys):
+def test_files_that_cannot_be_copied_or_read_are_one_line(headline, run, tmp_path, capsys, ends):
     readme, saved = tmp_path / "README.md", tmp_path / "saved"
     readme.write_bytes(b"\xff\xfe")
     assert headline.main(flags(run, readme, saved)) == 2
-    readme.write_text(f"{headline.BEGIN}\n{headline.END}")
+    readme.write_text("\n".join(ends))
     (run / "environment.json").unlink()
     assert headline.main(flags(run, readme, saved)) == 2
     errors = capsys.readouterr().err.splitlines()
@@ -127,11 +137,12 @@ def test_files_that_cannot_be_copied_or_read_are_one_line(headline, run, tmp_pat
     assert not saved.exists()
 
 
-def test_the_readme_has_the_table_of_its_metrics(headline):
+@pytest.mark.parametrize("name", ["headline", "stories260K"])
+def test_the_readme_has_the_tables_of_its_metrics(headline, name):
     """What is printed is what the saved metrics say."""
     root = headline.Path(__file__).parents[2]
-    page, saved = (root / "README.md").read_text(), root / headline.SAVED
+    page, saved = (root / "README.md").read_text(), root / "docs" / name
     table = headline.table(
         headline.read_metrics(saved, headline.COLUMNS), headline.read_json(saved / "config.json")
     )
-    assert headline.replaced(page, table, root / "README.md") == page
+    assert headline.replaced(page, table, name, root / "README.md") == page

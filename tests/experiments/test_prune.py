@@ -121,6 +121,27 @@ def test_interrupted_anywhere_then_resumed_gives_the_same_bits(
     assert prune(arguments) == 0
 
 
+def test_a_state_of_something_else_is_refused(
+    prune, checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    from jaxprune import pipeline
+
+    save = pipeline._Work.save
+
+    def interrupted(work, state, trace):
+        save(work, state, trace)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline._Work, "save", interrupted)
+    arguments = flags(checkpoint(MODEL), text, tmp_path / "out", "--resume")
+    assert prune(arguments) == 130
+    (state,) = tmp_path.glob(".out.work/parts/*-state.npz")
+    np.savez(state, other=np.zeros(3))
+    capsys.readouterr()
+    assert prune(arguments) == 2
+    assert f"{state}: not the state of this descent" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
     """All in processes of their own: this one compiles with fewer passes."""
