@@ -244,11 +244,10 @@ def _distill(
         _set_stacks(model, weights)
         streams, rows = _Streams.start(model, tokens, heldout), []
         for layer, _, found in blocks:
-            before, after = (_block_of(b, layer) for b in (dense, model.blocks.get_value()))
-            rows += _head_rows(layer, before, after, streams, {})
-            for new, old in zip(rows[-len(found) :], found, strict=True):
-                new.update(old | new | extra)
-            streams = streams.after(before, None, settings.batch)
+            unpruned = jax.tree.map(lambda stack, layer=layer: stack[layer], dense)
+            judged = _head_rows(layer, unpruned, model.block_weights(layer), streams, extra)
+            rows += [old | new for old, new in zip(found, judged, strict=True)]
+            streams = streams.after(unpruned, None, settings.batch)
         work.finish(**{w: whole(weights[w]) for w in names})
         return rows
 
@@ -279,10 +278,6 @@ def _run_distillation(
     return found.weights, {f"distillation_{name}": value for name, value in extra.items()}
 
 
-def _block_of(blocks: BlockWeights, layer: int) -> BlockWeights:
-    return jax.tree.map(lambda stack: stack[layer], blocks)
-
-
 def _set_stacks(model: Llama, weights: Mapping[str, Array]) -> None:
     blocks = model.blocks.get_value()
     model.blocks.set_value(
@@ -296,7 +291,7 @@ def _set_block(model: Llama, layer: int, weights: BlockWeights) -> None:
     )
 
 
-# The old stack's memory is used: a model is never held twice.
+# The old stack's memory is used: a model is held twice only where it is distilled.
 @partial(jax.jit, donate_argnums=0)
 def _replaced(stack: Array, layer: Array | int, weight: Array) -> Array:
     return stack.at[layer].set(weight)
