@@ -48,6 +48,8 @@ COLUMNS = Columns(
 SETTINGS = {"model": str, "calibration": str, "windows": int, "seqlen": int, "steps": int}
 SETTINGS |= {"seeds": int}
 SAVED = Path("docs/headline")
+# Part of the dense perplexity below which what Wanda adds is not compared with.
+_SOMETHING = 0.01
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,20 @@ def settings_of(run: Path) -> dict[str, Any]:
     return settings
 
 
+def _shares_of_wanda(metrics: pd.DataFrame) -> str:
+    """What is left of what Wanda adds to the perplexity, where that is something."""
+    gaps = metrics.groupby(["sparsity", "variant"], sort=False)["perplexity_gap"].mean()
+    dense = metrics["dense_perplexity"].iloc[0]
+    shares = [
+        f"1/{gaps[sparsity, 'wanda'] / gaps[sparsity, 'descent']:.0f} at {sparsity}"
+        for sparsity in dict.fromkeys(metrics["sparsity"])
+        if gaps[sparsity, "wanda"] > _SOMETHING * dense and gaps[sparsity, "descent"] > 0
+    ]
+    if not shares:
+        return ""
+    return f"Of what Wanda adds to the perplexity, descent adds {', '.join(shares)}. "
+
+
 def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
     """A Markdown table of methods by sparsity, and a sentence on how it was measured."""
     for sparsity, rows_there in metrics.groupby("sparsity"):
@@ -120,6 +136,7 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
     text = config["text"] or config["calibration"]
     return (
         f"{shown}\n\n"
+        f"{_shares_of_wanda(metrics)}"
         f"`W_Q` and `W_K` of every layer of `{config['model']}`; dense perplexity {dense:.2f}. "
         f"Calibrated on {config['windows']} windows of {config['seqlen']} tokens of "
         f"`{config['calibration']}`; perplexity, divergence from the dense model's predictions "
