@@ -1,6 +1,7 @@
 """experiments/prune.py: every method to a checkpoint, resume, what it refuses."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -151,7 +152,10 @@ def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
         more = ("--steps", "400", "--resume")
         arguments = flags(model, text, tmp_path / name, *more, distill=100)
         command = [sys.executable, str(REPOSITORY / "experiments" / "prune.py"), *arguments]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
 
     assert start("whole").wait() == 0
     for pause in (6.0, 7.5):
