@@ -135,6 +135,7 @@ class Progress(NamedTuple):
 
 
 Report = Callable[[int, str], None]  # units done, and of what
+DescentSettings = QueryKeySettings | BlockSettings | DistillationSettings
 
 
 def distillation_steps(settings: PruneSettings, config: LlamaConfig) -> int:
@@ -504,7 +505,7 @@ def _descend(
 
 def _run(
     make: Callable[..., Descent],
-    settings: QueryKeySettings | BlockSettings | DistillationSettings,
+    settings: DescentSettings,
     weights: PyTree,
     fit: PyTree,
     validation: PyTree,
@@ -550,7 +551,7 @@ def _wide(w: Array) -> Array:
 @partial(jax.jit, static_argnums=(0, 1))
 def _start(
     make: Callable[..., Descent],
-    settings: QueryKeySettings | BlockSettings | DistillationSettings,
+    settings: DescentSettings,
     weights: PyTree,
     fit: PyTree,
     validation: PyTree,
@@ -563,7 +564,7 @@ def _start(
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _advance(
     make: Callable[..., Descent],
-    settings: QueryKeySettings | BlockSettings | DistillationSettings,
+    settings: DescentSettings,
     state: DescentState,
     weights: PyTree,
     fit: PyTree,

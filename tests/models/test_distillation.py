@@ -127,18 +127,9 @@ def test_no_share_changes_nothing(context, tokens):
     assert resampled(context, 0.0, jax.random.key(0), batch)["tokens"] is tokens
 
 
-def test_large_models_are_distilled_only_when_asked(dense):
+def test_large_models_are_distilled_only_when_asked(dense, script):
     half = Sparsity(0.5)
-    large = llama.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
+    large = script("random_llama").LLAMA_3_2_1B
     assert llama.parameter_count(large) == 1_235_814_400
     steps = DistillationSettings().steps
     for config, asked, expected in (
