@@ -52,7 +52,7 @@ from jaxprune.factored import (
 from jaxprune.fused import DECAYS, algorithm1
 from jaxprune.objective import fused_error
 from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
-from jaxprune.sharding import connect, over_mesh, use_mesh
+from jaxprune.sharding import over_mesh, use_mesh
 from jaxprune.sparsity import Sparsity
 
 KERNEL_SHAPES = (  # n, d, heads
@@ -505,7 +505,6 @@ def one_device_per_core() -> None:
     if "host_platform_device_count" not in flags:
         count = f"--xla_force_host_platform_device_count={os.cpu_count()}"
         os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
-    connect(None, None, None)
 
 
 def body(config: Config) -> None:

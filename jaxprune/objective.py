@@ -198,11 +198,13 @@ def _values_and_gradients(
     n = operands[0].shape[1]
     together = max(1, _block_entries() // (block_size * n))
     one = partial(_one_head, causal, block_size, wanted)
+    # An axis of size one costs up to half as much again on CPU: XLA splits element-wise work among
+    # threads along it, and does not fuse softmax and products across it.
+    if operands[0].shape[0] == 1:
+        return jax.tree.map(lambda a: a[None], one(*(a[0] for a in operands)))
     if operands[0].shape[0] <= together:
         return jax.vmap(one)(*operands)
     if together == 1:
-        # A batch of one would leave an axis of size one in front, along which XLA on CPU splits
-        # element-wise work among threads: 30 % slower.
         return lax.map(lambda each: one(*each), operands)
     return lax.map(lambda each: one(*each), operands, batch_size=together)
 
@@ -307,14 +309,18 @@ def _block(
         output = contract("nm,mv->nv", difference.astype(values.dtype), values)
         half_errors += 0.5 * jnp.sum(output**2, axis=-1)
         difference += contract("nv,mv->nm", output.astype(values.dtype), values)
+    # Row weights go on the narrow side of the products, n × e and not n × m.
+    rated = weights[:, None]
     if want_q or want_k:
-        p = weights[:, None] * _through_softmax(approximation, difference)
-        dq = contract("nm,me->ne", p.astype(k.dtype), k) if want_q else nothing
-        dk = contract("ne,nm->em", q, p.astype(q.dtype)) if want_k else nothing
+        p = _through_softmax(approximation, difference)
+        dq = rated * contract("nm,me->ne", p.astype(k.dtype), k) if want_q else nothing
+        if want_k:
+            dk = contract("ne,nm->em", (rated * q).astype(q.dtype), p.astype(q.dtype))
     if want_q0 or want_k0:
-        r = -weights[:, None] * _through_softmax(target, difference)
-        dq0 = contract("nm,me->ne", r.astype(k0.dtype), k0) if want_q0 else nothing
-        dk0 = contract("ne,nm->em", q0, r.astype(q0.dtype)) if want_k0 else nothing
+        r = _through_softmax(target, difference)
+        dq0 = -rated * contract("nm,me->ne", r.astype(k0.dtype), k0) if want_q0 else nothing
+        if want_k0:
+            dk0 = contract("ne,nm->em", (-rated * q0).astype(q0.dtype), r.astype(q0.dtype))
     return _Gradients(dq, dk, dq0, dk0, half_errors)
 
 
