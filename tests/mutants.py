@@ -49,7 +49,10 @@ MUTANTS = [
     Mutant("objective.py", "0.5 * lam * jnp.sum(mask**2)", "0.5 * lam * jnp.sum(jnp.abs(mask))"),
     Mutant("objective.py", "axis=0) + lam * mask", "axis=0)"),
     Mutant("objective.py", "return jnp.mean(errors)", "return jnp.sum(errors)"),
-    Mutant("objective.py", "r = -weights[:, None]", "r = weights[:, None]"),
+    Mutant("objective.py", "dq0 = -rated * contract", "dq0 = rated * contract"),
+    Mutant("objective.py", "(-rated * q0)", "(rated * q0)"),
+    Mutant("objective.py", "dq = rated * contract", "dq = contract"),
+    Mutant("objective.py", "(rated * q).astype", "q.astype"),
     Mutant("objective.py", "keys = stop if causal else n", "keys = stop"),
     Mutant(
         "objective.py", "causal_bias(rows, k.shape[0], weights.dtype) if causal", "None if causal"
@@ -76,7 +79,7 @@ MUTANTS = [
     ),
     Mutant("attention.py", "return error.sum() / energy.sum()", "return (error / energy).mean()"),
     # Rounding.
-    Mutant("sparsity.py", "jnp.where(below <= drop,", "jnp.where(below < drop,"),
+    Mutant("sparsity.py", "keys < candidate", "keys <= candidate"),
     Mutant("sparsity.py", "dtype=jnp.int32) <= missing", "dtype=jnp.int32) < missing"),
     Mutant("sparsity.py", "float(self.ratio) + 1e-9 * size", "float(self.ratio)"),
     Mutant("sparsity.py", "return math.floor(", "return math.ceil("),
