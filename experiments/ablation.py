@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import ticker
 from tqdm import tqdm
 
 from jaxprune import corpora, data, perplexity, plotting
@@ -177,9 +178,10 @@ def settings_of(variant: str, sparsity: str, seed: int, config: Config) -> Prune
         method="descent", targets="qk", sparsity=Sparsity.parse(sparsity), steps=config.steps
     )
     changes = VARIANTS[variant].changes
-    if not changes.keys() & {"method", "refit"}:
-        changes = {"distill": config.distill} | changes
-    return replace(plain, seed=seed, **changes)
+    settings = replace(plain, seed=seed, **changes)
+    if settings.adapts and "distill" not in changes:
+        settings = replace(settings, distill=config.distill)
+    return settings
 
 
 def plan(config: Config) -> list[tuple[str, str, int]]:
@@ -261,6 +263,9 @@ def draw(metrics: pd.DataFrame) -> plt.Figure:
         if len(base):
             cell.axvline(base.mean(), color="black", linewidth=0.8)
         cell.set_xscale("log")
+        cell.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+        cell.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        cell.xaxis.set_minor_formatter(ticker.NullFormatter())
         cell.set_title(f"sparsity {sparsity}")
         cell.set_xlabel("divergence from the dense model (nats)")
     axes[0, 0].set_yticks(range(len(variants)), [VARIANTS[v].description for v in variants])

@@ -132,7 +132,7 @@ class Descent:
         sequence); the objective as a single sample if ``None``.
       margin: standard errors of the paired difference by which an iterate must beat the rounded
         initial point on the validation samples to replace it.
-      chunk_size: steps between validations.
+      chunk_size: steps between validations, at most; chunks are as even as they can be.
       monitor: step to a pytree of scalars that ends up in the trace, for instance
         ``jaxprune.convergence.per_step``; nothing is computed or stored if ``None``.
     """
@@ -154,6 +154,11 @@ class Descent:
     def chunks(self) -> int:
         """Number of chunks; the steps of the last one beyond ``steps`` do nothing."""
         return math.ceil(self.steps / self.chunk_size)
+
+    @property
+    def chunk_length(self) -> int:
+        """Steps of every chunk, so that few of the last one's do nothing."""
+        return math.ceil(self.steps / max(self.chunks, 1))
 
     def init(self, weights: Weights, validation: PyTree | None = None) -> DescentState:
         """The state before the first step."""
@@ -179,12 +184,12 @@ class Descent:
         validation: PyTree | None,
         key: Key[Array, ""],
     ) -> tuple[DescentState, Trace]:
-        """Run ``chunk_size`` steps, then score the rounded iterate on the validation data."""
+        """Run ``chunk_length`` steps, then score the rounded iterate on the validation data."""
 
         def one_step(state: DescentState, _: None) -> tuple[DescentState, tuple[Any, ...]]:
             return self._step(state, weights, data, key)
 
-        state, (loss, norm, monitored) = lax.scan(one_step, state, length=self.chunk_size)
+        state, (loss, norm, monitored) = lax.scan(one_step, state, length=self.chunk_length)
         errors = jnp.zeros((0,), loss.dtype)
         if validation is not None:
             assert state.best is not None
@@ -323,7 +328,7 @@ def descend(
         last, trace = lax.scan(
             lambda state, _: descent.chunk(state, weights, data, validation, key),
             state,
-            length=math.ceil(left / descent.chunk_size),
+            length=math.ceil(left / max(descent.chunk_length, 1)),
         )
         trace = jax.tree.map(lambda a: a.reshape(-1), trace)
     else:

@@ -96,6 +96,11 @@ class PruneSettings:
     seed: int = 0
     tuning: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether kept weights move: a descent that refits, and what distillation goes on from."""
+        return self.method == "descent" and self.refit
+
     def check(self, config: LlamaConfig) -> None:
         """Raise ``InputError``, naming the flag, for choices that cannot work."""
         if self.method not in METHODS:
@@ -108,7 +113,7 @@ class PruneSettings:
             raise InputError(f"--steps {self.steps}: expected 1 or more")
         if self.distill is not None and self.distill < 0:
             raise InputError(f"--distill {self.distill}: expected 0 or more steps")
-        if self.distill and not (self.method == "descent" and self.refit):
+        if self.distill and not self.adapts:
             raise InputError("--distill: only with --method descent, and not with --no-refit")
         if self.batch < 1:
             raise InputError(f"--batch {self.batch}: expected 1 or more")
@@ -140,7 +145,7 @@ DescentSettings = QueryKeySettings | BlockSettings | DistillationSettings
 
 def distillation_steps(settings: PruneSettings, config: LlamaConfig) -> int:
     """Steps of the distillation after the blocks; none for other methods."""
-    if settings.method != "descent" or not settings.refit:
+    if not settings.adapts:
         return 0
     if settings.distill is not None:
         return settings.distill
@@ -157,7 +162,7 @@ def units(settings: PruneSettings, config: LlamaConfig) -> int:
 def _block_units(settings: PruneSettings, config: LlamaConfig) -> int:
     if settings.method != "descent":
         return 1
-    return 1 + _descent_settings(settings, config).steps // Descent.chunk_size
+    return 1 + math.ceil(_descent_settings(settings, config).steps / Descent.chunk_size)
 
 
 def prune_model(
