@@ -151,6 +151,19 @@ def test_chunks_from_python_equal_one_scan(key):
     assert_equal(chunked, scanned, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("steps", "lengths"), [(0, []), (1, [1]), (5, [5]), (7, [7]), (8, [4, 4]), (16, [6, 6, 4])]
+)
+def test_chunks_are_as_even_as_they_can_be(key, steps, lengths):
+    w, data = draw(key)
+    seen = [0]
+    found = descend(
+        learn_weights(steps), w, data, key=key, on_chunk=lambda s, _: seen.append(int(s.step))
+    )
+    assert [int(n) for n in np.diff(seen)] == lengths
+    assert found.trace.loss.shape == (steps,)
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_a_run_resumed_from_a_saved_state_ends_with_the_identical_result(key, chunks):
     w, data = draw(key)
