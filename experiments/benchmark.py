@@ -1,8 +1,8 @@
 """Speed and memory, each against what it could be: one table.
 
-  kernel      value and gradient of softmax_error against the time of its dense matrix products at
-              the rate measured beside it, and against PyTorch autograd, all heads at once and one
-              by one
+  kernel      value and gradient of softmax_error, on one device and heads split over all, against
+              the time of its dense matrix products at the rate measured beside it, and against
+              PyTorch autograd, all heads at once and one by one
   loss        the paper's loss with n = d, against its dense matrix products
   algorithm1  300 steps on 32 heads, on one device and split over all, against the same in PyTorch
   sweep       a row of Figure 2, every λ and step size of it, against a PyTorch loop
@@ -203,9 +203,21 @@ def attention_inputs(n: int, d: int, heads: int) -> list[jax.Array]:
     return [jax.random.normal(key, (heads, n, d)) * d**-0.25 for key in keys]
 
 
-def kernel(*arrays: jax.Array) -> Any:
-    """Value and gradient in queries and keys."""
-    return jax.value_and_grad(lambda *a: softmax_error(*a).sum(), (0, 1))(*arrays)
+def kernel(q: jax.Array, k: jax.Array, q0: jax.Array, k0: jax.Array) -> Any:
+    """Value and gradient in queries and keys, head by head."""
+    values, pull_back = jax.vjp(lambda q, k: softmax_error(q, k, q0, k0), q, k)
+    return values, pull_back(jnp.ones_like(values))
+
+
+def on_devices(function: Callable[..., Any], *arrays: jax.Array) -> dict[str, Contender]:
+    """A function of heads on one device, and split over all where they divide the heads."""
+    contenders = {"one device": compiled(function, *arrays)}
+    heads, devices = arrays[0].shape[0], jax.device_count()
+    if devices > 1 and heads % devices == 0:
+        with use_mesh(f"1x{devices}", heads):
+            split = compiled(over_mesh(function, "heads"), *map(jnp.array, arrays))
+        contenders[f"{devices} devices"] = split
+    return contenders
 
 
 def torch_fits(heads: int, n: int) -> bool:
@@ -221,7 +233,9 @@ def kernel_part(config: Config) -> list[dict[str, Any]]:
     rows = []
     for n, d, heads in tqdm(QUICK_SHAPES if config.quick else KERNEL_SHAPES, desc="kernel"):
         arrays = attention_inputs(n, d, heads)
-        contenders = {"kernel": compiled(kernel, *arrays), "product": square(RATE)}
+        contenders = on_devices(kernel, *arrays)
+        ours = list(contenders)[-1]
+        contenders["product"] = square(RATE)
         if torch_forms.available():
             one = torch_forms.softmax_error_gradients
             contenders["torch per head"] = in_torch(partial(torch_forms.per_head, one), *arrays)
@@ -235,7 +249,7 @@ def kernel_part(config: Config) -> list[dict[str, Any]]:
             f"{count} products": at_rate(count * 2 * n**2 * d * heads, product) for count in (3, 4)
         }
         point = {"part": "kernel", "n": n, "d": d, "heads": heads}
-        rows += rows_of(point, contenders, seconds, "kernel", floors)
+        rows += rows_of(point, contenders, seconds, ours, floors)
     return rows
 
 
@@ -274,12 +288,8 @@ def algorithm1_part(config: Config) -> list[dict[str, Any]]:
         )
         return found.state.variable
 
-    contenders = {"one device": compiled(jax.vmap(one), x, w)}
-    ours = "one device"
-    if jax.device_count() > 1 and heads % jax.device_count() == 0:
-        ours = f"{jax.device_count()} devices"
-        with use_mesh(f"1x{jax.device_count()}", heads):
-            contenders[ours] = compiled(over_mesh(jax.vmap(one), "heads"), *map(jnp.array, (x, w)))
+    contenders = on_devices(jax.vmap(one), x, w)
+    ours = list(contenders)[-1]
     if torch_forms.available():
         form = partial(torch_forms.algorithm1, lam=lam, rate=rate, steps=config.steps)
         contenders["torch batched"] = in_torch(form, x[:, 0], w)

@@ -36,7 +36,10 @@ _HEADS = (
     "python experiments/llama_heads.py --model zoo --calibration zoo --layers 3 --windows 64 "
     "--seqlen 128 --out runs/llama_heads"
 )
-_ALL_HEADS = "python experiments/llama_heads.py --model zoo --calibration zoo --out runs/all_heads"
+_ALL_HEADS = (
+    "python experiments/llama_heads.py --model zoo --calibration zoo --windows 32 --seqlen 128 "
+    "--ratios 0.5 --out runs/all_heads"
+)
 _CONVERGENCE = "python experiments/convergence.py --out runs/convergence"
 _TUTORIAL = "python docs/tutorial.py"
 ENTRIES = {
