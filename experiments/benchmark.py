@@ -210,7 +210,7 @@ def kernel(q: jax.Array, k: jax.Array, q0: jax.Array, k0: jax.Array) -> Any:
 
 
 def on_devices(function: Callable[..., Any], *arrays: jax.Array) -> dict[str, Contender]:
-    """A function of heads on one device, and split over all where they divide the heads."""
+    """A function of heads on one device and, last, split over all where they divide the heads."""
     contenders = {"one device": compiled(function, *arrays)}
     heads, devices = arrays[0].shape[0], jax.device_count()
     if devices > 1 and heads % devices == 0:

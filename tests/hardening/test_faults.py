@@ -255,8 +255,9 @@ def test_memory_that_is_not_there_is_one_line(name, cache, tmp_path):
     errors = (tmp_path / "errors.txt").read_text()
     assert errors.splitlines()[-1].startswith(f"{name}.py: error: out of memory; lower --")
     assert "Traceback" not in errors
-    for out in ("out", ".out.work"):
-        assert not list(tmp_path.glob(f"{out}/parts/*"))
+    if name != "perplexity":  # writes nothing
+        claimed = ".out.work" if name == "prune" else "out"
+        assert not list((tmp_path / claimed / "parts").iterdir())
 
 
 def test_a_second_run_into_the_same_folder_is_refused(heads, layer, tmp_path, capsys):
