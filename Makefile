@@ -28,7 +28,7 @@ sweep: $(READY) ## the paper's synthetic experiment (Figure 2): runs/synthetic
 
 headline: $(READY) ## the README's table, from a run of its own: runs/headline
 	$(BIN)/python experiments/ablation.py --variants descent mask_only wanda sparsegpt magnitude --sparsity 0.5 0.7 2:4 --resume --out runs/headline
-	$(BIN)/python experiments/headline.py --run runs/headline
+	$(BIN)/python tools/headline.py --run runs/headline
 
 figures: $(READY) ## draw the figures of finished runs again from their saved metrics
 	@for name in synthetic llama_heads fused_perplexity regimes convergence benchmark; do \
@@ -38,7 +38,7 @@ figures: $(READY) ## draw the figures of finished runs again from their saved me
 	done
 
 gallery: $(READY) ## docs/gallery.md with the figures of finished runs
-	$(BIN)/python experiments/gallery.py
+	$(BIN)/python tools/gallery.py
 
 docs: $(READY) ## API reference from docstrings: docs/api/index.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group docs

@@ -25,25 +25,19 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxprune import (
-    attention_matrix,
-    baselines,
-    data,
-    perplexity,
-    plotting,
-    prune_attention,
-    prune_query_key,
-    relative_error,
-)
-from jaxprune.calibration import attention_inputs
-from jaxprune.comparison import FusedProblem
-from jaxprune.convergence import report
-from jaxprune.layers import of_block
+from jaxprune import attention_matrix, baselines, prune_attention, prune_query_key, relative_error
+from jaxprune.convergence.report import report
+from jaxprune.evaluation import perplexity
+from jaxprune.evaluation.comparison import FusedProblem
+from jaxprune.evaluation.heads import of_block
 from jaxprune.models import llama
-from jaxprune.models.tokenizer import Tokenizer
-from jaxprune.pipeline import PruneSettings, prune_model
-from jaxprune.runs import RunFolder
+from jaxprune.models.llama.activations import attention_inputs
+from jaxprune.pipeline.model import PruneSettings, prune_model
+from jaxprune.runs import plotting
+from jaxprune.runs.folder import RunFolder
 from jaxprune.sparsity import Sparsity
+from jaxprune.text.tokenizer import Tokenizer
+from jaxprune.text.windows import calibration_windows, evaluation_windows
 
 TOY = bool(os.environ.get("JAXPRUNE_TOY"))
 WINDOWS, SEQLEN = (8, 24) if TOY else (64, 128)
@@ -55,9 +49,7 @@ FIGURES.mkdir(parents=True, exist_ok=True)
 folder = llama.locate("zoo")
 model = llama.load(folder)
 tokenizer = Tokenizer(folder, model.config.vocab_size)
-windows, fresh = data.calibration_windows(
-    "zoo", tokenizer, windows=WINDOWS, seqlen=SEQLEN, heldout=4
-)
+windows, fresh = calibration_windows("zoo", tokenizer, windows=WINDOWS, seqlen=SEQLEN, heldout=4)
 # What the projections of a layer are applied to, on both sets of windows.
 x, x_fresh = (
     next(islice(attention_inputs(model, jnp.asarray(w.tokens)), LAYER, None))
@@ -210,7 +202,7 @@ print("relative error of every query head:", np.round(layer.calibration_error, 4
 # left out here.
 
 # %%
-text = data.evaluation_windows("zoo", tokenizer, seqlen=SEQLEN, windows=4 if TOY else 64)
+text = evaluation_windows("zoo", tokenizer, seqlen=SEQLEN, windows=4 if TOY else 64)
 dense = perplexity.evaluate(model, text)["perplexity"]
 found_perplexity = {}
 for method in ("wanda", "descent"):

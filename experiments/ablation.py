@@ -25,15 +25,20 @@ import pandas as pd
 from matplotlib import ticker
 from tqdm import tqdm
 
-from jaxprune import corpora, data, perplexity, plotting
-from jaxprune.cli import Flag, run_script
 from jaxprune.errors import InputError
+from jaxprune.evaluation import perplexity
 from jaxprune.models import llama
 from jaxprune.models.llama.files import checkpoint_hashes
-from jaxprune.models.tokenizer import Tokenizer
-from jaxprune.pipeline import Progress, PruneSettings, prune_model, units
-from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
+from jaxprune.pipeline.model import Progress, PruneSettings, prune_model, units
+from jaxprune.runs import plotting
+from jaxprune.runs.folder import RunFolder
+from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
+from jaxprune.runs.script import Flag, run_script
 from jaxprune.sparsity import Sparsity
+from jaxprune.storage import replacing
+from jaxprune.text import corpora
+from jaxprune.text.tokenizer import Tokenizer
+from jaxprune.text.windows import Windows, calibration_windows, evaluation_windows
 
 
 class Variant(NamedTuple):
@@ -131,17 +136,17 @@ class Material(NamedTuple):
 
     folder: Path
     shape: llama.LlamaConfig
-    calibration: data.Windows
-    heldout: data.Windows
-    text: data.Windows
+    calibration: Windows
+    heldout: Windows
+    text: Windows
     reference: llama.Llama
     dense_perplexity: float
 
 
-def read_text(config: Config, tokenizer: Tokenizer, used: int) -> data.Windows:
+def read_text(config: Config, tokenizer: Tokenizer, used: int) -> Windows:
     """Windows to evaluate on: of a running text, those after the ``used`` first."""
     source = config.text or config.calibration
-    windows = data.evaluation_windows(source, tokenizer, seqlen=config.seqlen)
+    windows = evaluation_windows(source, tokenizer, seqlen=config.seqlen)
     if source != config.calibration or source in corpora.NAMED:
         return windows
     if len(windows.tokens) <= used:
@@ -163,7 +168,7 @@ def read(config: Config) -> Material:
     for sparsity in config.sparsity:
         settings_of("descent", sparsity, 0, config).check(shape)
     tokenizer = Tokenizer(folder, shape.vocab_size)
-    calibration, heldout = data.calibration_windows(
+    calibration, heldout = calibration_windows(
         config.calibration, tokenizer, windows=config.windows, seqlen=config.seqlen
     )
     text = read_text(config, tokenizer, len(calibration.tokens) + len(heldout.tokens))

@@ -40,20 +40,19 @@ import torch_forms
 from matplotlib import ticker
 from tqdm import tqdm
 
-from jaxprune import baselines, plotting, softmax_error
+from jaxprune import baselines, softmax_error
 from jaxprune.attention import contract
-from jaxprune.cli import Flag, run_script
 from jaxprune.errors import InputError
-from jaxprune.factored import (
-    QueryKeySettings,
-    query_key_context,
-    query_key_descent,
-)
-from jaxprune.fused import DECAYS, algorithm1
+from jaxprune.methods.fused import DECAYS, algorithm1
+from jaxprune.methods.query_key import QueryKeySettings, query_key_context, query_key_descent
 from jaxprune.objective import fused_error
-from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
+from jaxprune.runs import plotting
+from jaxprune.runs.folder import RunFolder
+from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
+from jaxprune.runs.script import Flag, run_script
 from jaxprune.sharding import over_mesh, use_mesh
 from jaxprune.sparsity import Sparsity
+from jaxprune.storage import replacing
 
 KERNEL_SHAPES = (  # n, d, heads
     (128, 64, 1),

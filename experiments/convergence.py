@@ -28,27 +28,24 @@ import pandas as pd
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from jaxprune import data, plotting
-from jaxprune.calibration import attention_inputs
-from jaxprune.cli import Flag, check_positive, run_script
-from jaxprune.convergence import (
-    StepRule,
-    certified_lipschitz,
-    curvature,
-    iteration_bound,
-    iterations_used,
-    pl_envelope,
-    report,
-    step_series,
-)
+from jaxprune.convergence.curvature import certified_lipschitz, curvature
+from jaxprune.convergence.report import report
+from jaxprune.convergence.step_sizes import StepRule
+from jaxprune.convergence.theorem import iteration_bound, iterations_used, pl_envelope, step_series
 from jaxprune.errors import InputError
-from jaxprune.fused import algorithm1
+from jaxprune.methods.fused import algorithm1
 from jaxprune.models import llama
+from jaxprune.models.llama.activations import attention_inputs
 from jaxprune.models.llama.files import checkpoint_hashes
-from jaxprune.models.tokenizer import Tokenizer
 from jaxprune.objective import mask_loss
-from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
+from jaxprune.runs import plotting
+from jaxprune.runs.folder import RunFolder
+from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
+from jaxprune.runs.script import Flag, check_positive, run_script
 from jaxprune.sparsity import Sparsity
+from jaxprune.storage import replacing
+from jaxprune.text.tokenizer import Tokenizer
+from jaxprune.text.windows import calibration_windows
 
 LOGITS_STD = 2.0
 # Accuracies ε as fractions of L(M_0) − ξ.
@@ -207,7 +204,7 @@ class ModelHeads:
                     f"{self.settings.num_hidden_layers - 1}"
                 )
         tokenizer = Tokenizer(folder, self.settings.vocab_size)
-        windows, _ = data.calibration_windows(
+        windows, _ = calibration_windows(
             config.calibration, tokenizer, windows=1, seqlen=config.seqlen, heldout=0
         )
         self._model, self._tokens = llama.load(folder, "float32"), jnp.asarray(windows.tokens)

@@ -1,9 +1,9 @@
 """Perplexity of a Llama whose attention logits come from pruned fused weights, exact under RoPE.
 
 With positions the fused weight of a head depends on the distance of query and key; the same mask
-goes on all of them (``jaxprune.expansion``). Masks are learned without positions, as in the paper,
-and on the logits of the model (``_rope``); magnitude, Wanda and SparseGPT prune W_Q and W_K. Masks
-leave kept weights alone, but for ``descent_rope``, whose kept entries get a factor each.
+goes on all of them (``jaxprune.methods.rotary``). Masks are learned without positions, as in the
+paper, and on the logits of the model (``_rope``); magnitude, Wanda and SparseGPT prune W_Q and
+W_K. Masks leave kept weights alone, but for ``descent_rope``, whose kept entries get a factor each.
 
 The cost of the fused logits is d times that of the model's own: for small models. The script says
 what it will take and refuses what does not fit.
@@ -32,16 +32,22 @@ import pandas as pd
 from jaxtyping import Array
 from tqdm import tqdm
 
-from jaxprune import baselines, data, layers, perplexity, plotting
-from jaxprune.cli import Flag, run_script
-from jaxprune.comparison import ALGORITHM1, FusedProblem, prune, search_algorithm1
+from jaxprune import baselines
 from jaxprune.errors import InputError
-from jaxprune.expansion import RotaryHead, rotary_algorithm1, rotary_descent
+from jaxprune.evaluation import perplexity
+from jaxprune.evaluation.comparison import ALGORITHM1, FusedProblem, prune, search_algorithm1
+from jaxprune.evaluation.fused_llama import expansion_cost, fused_losses, rotary_heads
+from jaxprune.evaluation.heads import Layers, available_memory, from_model
+from jaxprune.methods.rotary import RotaryHead, rotary_algorithm1, rotary_descent
 from jaxprune.models import llama
-from jaxprune.models.llama.fused import expansion_cost, fused_losses, rotary_heads
-from jaxprune.models.tokenizer import Tokenizer
-from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing, write_arrays
+from jaxprune.runs import plotting
+from jaxprune.runs.folder import RunFolder
+from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
+from jaxprune.runs.script import Flag, run_script
 from jaxprune.sparsity import Sparsity
+from jaxprune.storage import replacing, write_arrays
+from jaxprune.text.tokenizer import Tokenizer
+from jaxprune.text.windows import PRESETS, Windows, evaluation_windows
 
 SEPARATE = ("magnitude", "wanda", "sparsegpt")
 WITHOUT_POSITIONS = ("fused_magnitude", "ranking", ALGORITHM1, "descent")
@@ -130,12 +136,12 @@ class Config:
         if self.text == self.calibration and Path(self.text).is_file():
             raise InputError(f"--text {self.text}: is what --calibration names; give another file")
 
-    def evaluation(self, tokenizer: Tokenizer) -> data.Windows:
+    def evaluation(self, tokenizer: Tokenizer) -> Windows:
         """Windows the perplexity is taken on."""
         windows = self.eval_windows
-        if windows is None and self.text not in data.PRESETS:
+        if windows is None and self.text not in PRESETS:
             windows = 32
-        return data.evaluation_windows(self.text, tokenizer, windows=windows, seqlen=self.seqlen)
+        return evaluation_windows(self.text, tokenizer, windows=windows, seqlen=self.seqlen)
 
 
 def refuse_what_does_not_fit(
@@ -154,7 +160,7 @@ def refuse_what_does_not_fit(
     steps = config.rope_steps * sum(runs[m] for m in fused if m in runs)
     operations = evaluated.operations * len(fused) * len(config.ratios) + steps * each_step
     hours = operations / matrix_speed() / 3600
-    free = layers.available_memory()
+    free = available_memory()
     print(
         f"fused logits: {operations:.2g} operations, about {60 * hours:.1f} minutes here, and "
         f"{evaluated.memory / 2**20:.0f} MiB at once ({free / 2**20:.0f} MiB are free)"
@@ -277,7 +283,7 @@ def evaluate(
     arrays: list[dict[str, np.ndarray]],
     method: str,
     ratio: float,
-    text: data.Windows,
+    text: Windows,
 ) -> dict[str, Any]:
     """Perplexity with what a method left of every layer."""
     if method in SEPARATE:
@@ -298,7 +304,7 @@ def evaluate(
 
 
 def learn(
-    run: RunFolder, source: layers.Layers, model: llama.Llama, config: Config, bar: tqdm
+    run: RunFolder, source: Layers, model: llama.Llama, config: Config, bar: tqdm
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Every method in every layer; yields the rows of each part with its name."""
     for layer, problems in source.read():
@@ -314,7 +320,7 @@ def learn(
 
 
 def rows_of(
-    run: RunFolder, model: llama.Llama, text: data.Windows, config: Config, stored: dict, bar: tqdm
+    run: RunFolder, model: llama.Llama, text: Windows, config: Config, stored: dict, bar: tqdm
 ) -> Iterator[dict[str, Any]]:
     """The perplexity of the dense model, then of every method at every ratio."""
     count = model.config.num_hidden_layers
@@ -392,7 +398,7 @@ def body(config: Config) -> None:
     shape = llama.load_config(folder)
     text = config.evaluation(Tokenizer(folder, shape.vocab_size))
     refuse_what_does_not_fit(config, shape, *text.tokens.shape)
-    source = layers.from_model(
+    source = from_model(
         config.model,
         config.calibration,
         windows=config.windows,

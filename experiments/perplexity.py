@@ -1,64 +1,14 @@
-"""Perplexity of a model on a text; the last line is one JSON object with the whole protocol.
+"""``jaxprune perplexity`` for people in a checkout; see jaxprune/commands/perplexity.py.
 
-python experiments/perplexity.py --model zoo --text zoo --seqlen 256
+python experiments/perplexity.py --help
 """
 
-from __future__ import annotations
-
-import dataclasses
-import json
 import sys
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from functools import partial
 
-from jaxprune import cli, data, perplexity
-from jaxprune.models import llama
-from jaxprune.models.tokenizer import Tokenizer
+from jaxprune.commands.perplexity import main as command
 
-
-@dataclasses.dataclass(frozen=True)
-class PerplexityConfig:
-    """Perplexity of a model on a text, with its protocol.
-
-    Example: python experiments/perplexity.py --model zoo --text zoo --seqlen 256
-    """
-
-    model: str = "zoo"
-    """zoo, a Hugging Face folder, or owner/name on the hub."""
-    text: str = "zoo"
-    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper."""
-    seqlen: int | None = None
-    """Tokens of a window, a BOS included; 256, or as the preset says."""
-    windows: int | None = None
-    """Windows, from the start of the text; as many as there are."""
-    bos_per_window: cli.Flag = False
-    """Start every window with a BOS, instead of the text alone."""
-    batch: int = 8
-    """Windows at once."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations; the cross-entropy is float32."""
-
-    memory_flags: ClassVar[str] = "--batch or --seqlen"
-
-
-def measure(config: PerplexityConfig) -> None:
-    """Load, evaluate, print; the text is read first, as it is quicker to be wrong about."""
-    folder = llama.locate(config.model)
-    windows = data.evaluation_windows(
-        config.text,
-        Tokenizer(folder, llama.load_config(folder).vocab_size),
-        windows=config.windows,
-        seqlen=config.seqlen,
-        bos_per_window=config.bos_per_window,
-    )
-    report = perplexity.evaluate(llama.load(folder, config.dtype), windows, batch=config.batch)
-    print(json.dumps({"model": config.model, **report}))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    return cli.run_script(PerplexityConfig, measure, argv, "perplexity.py")
-
+main = partial(command, prog="perplexity.py")
 
 if __name__ == "__main__":
     sys.exit(main())

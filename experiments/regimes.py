@@ -33,13 +33,22 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from tqdm import tqdm
 
-from jaxprune import layers, plotting
 from jaxprune.attention import contract
-from jaxprune.cli import Flag, run_script
-from jaxprune.comparison import ALGORITHM1, FusedProblem, compare, judge, search_algorithm1
 from jaxprune.errors import InputError
-from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
+from jaxprune.evaluation.comparison import (
+    ALGORITHM1,
+    FusedProblem,
+    compare,
+    judge,
+    search_algorithm1,
+)
+from jaxprune.evaluation.heads import Layers, from_model
+from jaxprune.runs import plotting
+from jaxprune.runs.folder import RunFolder
+from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
+from jaxprune.runs.script import Flag, run_script
 from jaxprune.sparsity import Sparsity
+from jaxprune.storage import replacing
 
 SYNTHETIC = {"isotropic": 0.0, "correlated": 1.0}  # exponents of the covariance's power law
 REAL = "real heads"
@@ -149,7 +158,7 @@ def with_logits_std(problems: FusedProblem, wanted: float) -> FusedProblem:
     return replace(problems, wq=problems.wq * (wanted / deviation)[:, None, None])
 
 
-def real_heads(config: Config, source: layers.Layers) -> FusedProblem:
+def real_heads(config: Config, source: Layers) -> FusedProblem:
     """The first head of some layers, with activations cut into sequences of ``n`` tokens."""
     chosen = np.unique(np.linspace(0, len(source.indices) - 1, config.heads).round().astype(int))
     wanted = {source.indices[i] for i in chosen}
@@ -315,7 +324,7 @@ def body(config: Config) -> None:
             report(read_metrics(config.out, COLUMNS), config.out)
         return
     config.check()
-    source = layers.from_model(config.model, config.calibration)
+    source = from_model(config.model, config.calibration)
     with RunFolder(config.out, config, resume=config.resume, inputs=source.inputs) as run:
         real = real_heads(config, source)
         rows: list[dict] = []

@@ -30,9 +30,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from jaxprune import plotting
-from jaxprune.cli import Flag, check_positive, run_script
-from jaxprune.comparison import (
+from jaxprune.errors import InputError
+from jaxprune.evaluation.comparison import (
     ALGORITHM1,
     METHODS,
     FusedProblem,
@@ -40,10 +39,13 @@ from jaxprune.comparison import (
     compare,
     compare_algorithm1,
 )
-from jaxprune.errors import InputError
-from jaxprune.fused import DECAYS
-from jaxprune.runs import Columns, RunFolder, drawing_again, read_metrics, replacing
+from jaxprune.methods.fused import DECAYS
+from jaxprune.runs import plotting
+from jaxprune.runs.folder import RunFolder
+from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
+from jaxprune.runs.script import Flag, check_positive, run_script
 from jaxprune.sparsity import Sparsity
+from jaxprune.storage import replacing
 
 HELDOUT_SEQUENCES = 8
 SHOWN = (ALGORITHM1, *METHODS)

@@ -4,8 +4,8 @@ from jaxprune import baselines
 from jaxprune.attention import attention_matrix, relative_error
 from jaxprune.baselines import PrunedLinear
 from jaxprune.errors import InputError
-from jaxprune.factored import PrunedQueryKey, prune_query_key
-from jaxprune.fused import PrunedAttention, prune_attention
+from jaxprune.methods.fused import PrunedAttention, prune_attention
+from jaxprune.methods.query_key import PrunedQueryKey, prune_query_key
 from jaxprune.objective import closed_form_gradient, mask_loss, softmax_error
 from jaxprune.sparsity import Sparsity
 

@@ -1,5 +1,6 @@
 """Fixtures of all tests. Nothing here or in any test touches the network."""
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -86,14 +87,25 @@ def x64():
         yield
 
 
+COMMANDS = {"prune": "prune", "perplexity": "perplexity", "llama_heads": "heads"}
+
+
 @pytest.fixture(scope="session")
 def script():
-    """`script("perplexity")` is the module experiments/perplexity.py."""
+    """`script("synthetic")` is the module experiments/synthetic.py, or that of a command or tool.
+
+    What experiments/prune.py and its like run is the module in jaxprune/commands.
+    """
 
     def load(name):
-        spec = importlib.util.spec_from_file_location(
-            f"script_{name}", REPOSITORY / "experiments" / f"{name}.py"
-        )
+        if name in COMMANDS:
+            return importlib.import_module(f"jaxprune.commands.{COMMANDS[name]}")
+        (path,) = [
+            REPOSITORY / folder / f"{name}.py"
+            for folder in ("experiments", "tools")
+            if (REPOSITORY / folder / f"{name}.py").exists()
+        ]
+        spec = importlib.util.spec_from_file_location(f"script_{name}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxprune.cli import parse_flags
+from jaxprune.runs.script import parse_flags
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()

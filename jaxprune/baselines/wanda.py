@@ -12,22 +12,6 @@ from jaxprune.baselines.linear import PrunedLinear, check_linear, prune_by_score
 from jaxprune.sparsity import Group, Sparsity
 
 
-def feature_norms(
-    x: Float[Array, "*b n d"], row_weights: Float[Array, "*b n"] | None = None
-) -> Float[Array, " d"]:
-    """Norm of every input, ``sqrt(mean over sequences of Σ_tokens x_j²)``.
-
-    Args:
-      x: activations; leading axes count as sequences.
-      row_weights: weight of every token; zero leaves it out.
-    """
-    squares = jnp.square(x.astype(accumulation_dtype(x)))
-    if row_weights is not None:
-        squares = squares * row_weights[..., None]
-    per_sequence = squares.sum(axis=-2).reshape(-1, x.shape[-1])
-    return jnp.sqrt(per_sequence.mean(axis=0))
-
-
 def wanda(
     x: Float[Array, "*b n d_in"],
     w: Float[Array, "d_in d_out"],

@@ -4,7 +4,7 @@ import pytest
 import reference
 
 from jaxprune.baselines import wanda
-from jaxprune.baselines.wanda import feature_norms
+from jaxprune.importance import feature_norms
 
 PROBLEMS = [(0, 1, 16, 8), (1, 5, 16, 8), (2, 3, 40, 24), (3, 8, 12, 33)]
 

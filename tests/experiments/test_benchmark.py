@@ -11,7 +11,7 @@ import pytest
 
 from jaxprune import softmax_error
 from jaxprune.baselines import sparsegpt, wanda
-from jaxprune.fused import algorithm1
+from jaxprune.methods.fused import algorithm1
 from jaxprune.sparsity import Sparsity
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

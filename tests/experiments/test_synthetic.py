@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxprune.comparison import METHODS
+from jaxprune.evaluation.comparison import METHODS
 
 COLUMNS = ["setting", "k", "n", "lam", "ratio", "method", "seed"]
 COLUMNS += ["calibration_error", "heldout_error", "stored_weights", "exponent", "learning_rate"]

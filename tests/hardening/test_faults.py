@@ -19,8 +19,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxprune import cli, runs
 from jaxprune.errors import InputError
+from jaxprune.runs import folder as runs
+from jaxprune.runs import script as cli
 
 REPOSITORY = Path(__file__).parents[2]
 RESUMES = "the same command with --resume continues"

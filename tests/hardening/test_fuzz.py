@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxprune import plotting, runs
+from jaxprune.runs import folder as runs
+from jaxprune.runs import plotting
 
 JUNK = st.one_of(
     st.none(),

@@ -15,7 +15,7 @@ from jaxprune import (
     prune_attention,
     relative_error,
 )
-from jaxprune.factored import prune_query_key
+from jaxprune.methods.query_key import prune_query_key
 
 # (tokens, width): one token, one feature, more features than tokens.
 SHAPES = [(1, 1), (1, 4), (5, 1), (3, 7)]

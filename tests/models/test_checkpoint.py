@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from jaxprune.errors import InputError
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import write_new
-from jaxprune.models.llama.files import TensorFiles, check_new_folder
+from jaxprune.models.llama.files import TensorFiles
+from jaxprune.storage import check_new_folder
 
 CASES = ["tied_mha", "untied_gqa", "rope_parameters", "sharded", "bfloat16", "float16"]
 

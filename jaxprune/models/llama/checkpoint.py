@@ -23,17 +23,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 from safetensors.numpy import save as save_tensors
 
-from jaxprune import runs
 from jaxprune.errors import InputError
 from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.models.llama.files import (
-    SINGLE_FILE,
-    TensorFiles,
-    changing,
-    copy_carried,
-    new_folder,
-)
+from jaxprune.models.llama.files import SINGLE_FILE, TensorFiles, changing, copy_carried
 from jaxprune.models.llama.modeling import BlockWeights, Llama
+from jaxprune.storage import new_folder, read_json, write_json
 
 _DTYPES = ("F32", "F16", "BF16")
 # Older conversions stored the rotary frequencies, which follow from the configuration.
@@ -181,7 +175,7 @@ def write_new(model: Llama, folder: Path, dtype: DTypeLike, **settings: Any) -> 
     # `transformers` asks for this entry.
     (folder / SINGLE_FILE).write_bytes(save_tensors(tensors, metadata={"format": "pt"}))
     named = {**model.config.to_json(), "torch_dtype": jnp.dtype(dtype).name, **settings}
-    runs.write_json(folder / "config.json", named)
+    write_json(folder / "config.json", named)
 
 
 def abstract_model(config: LlamaConfig, dtype: DTypeLike) -> Llama:
@@ -256,7 +250,7 @@ def _match(folder: Path) -> tuple[LlamaConfig, TensorFiles, dict[str, Place]]:
     Raises:
       InputError: naming all tensors that are missing, unexpected, misshapen or of another type.
     """
-    content = runs.read_json(folder / "config.json")
+    content = read_json(folder / "config.json")
     try:
         config = LlamaConfig.from_json(content)
     except InputError as error:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -21,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 
 from jaxprune import hub
 from jaxprune.errors import InputError
-from jaxprune.runs import hashes, read_json
+from jaxprune.storage import hashes, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-ZOO = Path(__file__).parent.parent / "zoo"
 
 # Files besides the weights that make a checkpoint and are carried over to a new one.
 _CARRIED = (
@@ -195,37 +193,3 @@ def copy_carried(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
-
-
-def check_new_folder(out: Path, flag: str = "--out") -> None:
-    """Raise ``InputError`` unless ``new_folder(out)`` will find its place."""
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{flag} {out}: exists and is not empty; choose another folder")
-        # Folders on the way are made when there is something to put there.
-        there = next(p for p in out.resolve().parents if p.exists())
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise InputError(f"{flag} {out}: cannot write there ({error.strerror})") from None
-    except RuntimeError:  # of resolve
-        raise InputError(f"{flag} {out}: is a link to itself; choose another folder") from None
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside ``out`` to fill; rename it to ``out`` when all went well.
-
-    Raises:
-      InputError: ``out`` exists and is not an empty folder, or cannot be written.
-    """
-    check_new_folder(out)
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-", suffix=".partial"))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,511 @@
+"""Pruning error of every attention head of a real model, method by method (Figures 1 and 3).
+
+The fused weight of each head is ``W = W_Q W_Kᵀ/√k``, grouped-query heads paired with the key head
+they share; positions (RoPE) are left out, as in the paper. Wanda and SparseGPT prune ``W_Q`` and
+``W_K`` instead. Algorithm 1 chooses λ and step size on the calibration error, from a grid that
+follows the size of its gradient. Besides the ratios asked for, fused matrices are pruned to what
+``W_Q`` and ``W_K`` store at the middle ratio.
+
+A model goes layer by layer: activations of one layer and keep masks of one method in it are held.
+
+For example::
+
+  jaxprune heads --model zoo --calibration zoo --out runs/zoo_heads
+  jaxprune heads --input layer.npz --ratios 0.3 0.5 0.7 --out runs/heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LogNorm
+from tqdm import tqdm
+
+from jaxprune.attention import attention_matrix
+from jaxprune.errors import InputError
+from jaxprune.evaluation.comparison import (
+    ALGORITHM1,
+    METHODS,
+    ON_PROJECTIONS,
+    FusedProblem,
+    Pruned,
+    judge,
+    prune,
+    search_algorithm1,
+)
+from jaxprune.evaluation.heads import Layers, fitting_heads, from_file, from_model
+from jaxprune.runs import plotting
+from jaxprune.runs.folder import RunFolder
+from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
+from jaxprune.runs.script import Flag, run_script
+from jaxprune.sparsity import Sparsity
+from jaxprune.storage import read_arrays, replacing, write_arrays, write_json
+
+SHOWN = (ALGORITHM1, *METHODS)
+COLUMNS = Columns(
+    ("layer", "head", "ratio", "calibration_error", "heldout_error", "stored_weights"),
+    texts=("method",),
+    known={"method": SHOWN},
+)
+EXAMPLE = "attention.npz"
+EXAMPLE_METHODS = (ALGORITHM1, "descent", "wanda")
+EXAMPLE_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Config:
+    """Relative attention error of every head against the ratio, held-out beside calibration.
+
+    Example: jaxprune heads --model zoo --calibration zoo --out runs/zoo_heads
+    """
+
+    model: str | None = None
+    """zoo, a Hugging Face folder, or owner/name on the hub"""
+    calibration: str = "zoo"
+    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper"""
+    windows: int | None = None
+    """windows to calibrate on; 128, or as the preset says"""
+    seqlen: int | None = None
+    """tokens of a window, a BOS included; 256, or as the preset says"""
+    heldout: int | None = None
+    """windows after those, for held-out errors; 16, or as the preset says"""
+    layers: tuple[int, ...] = ()
+    """layers of the model, counted from 0; all if left out"""
+    heads: int | None = None
+    """only the first heads of each layer; all if left out"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """type of the model's weights and activations; pruning is float32"""
+    input: Path | None = None
+    """instead of a model, an .npz with the arrays of one layer: x [b, n, d], wq [d, heads, k],
+    wk [d, kv_heads, k], and x_heldout [c, m, d] (without it, the last quarter of the sequences is
+    held out)"""
+    ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
+    """fractions removed"""
+    methods: tuple[str, ...] = SHOWN
+    """algorithm1, wanda, sparsegpt, fused_magnitude, ranking, descent"""
+    head_batch: int | None = None
+    """heads pruned together; as many as half of the free memory holds if left out"""
+    steps: int = 300
+    """gradient-descent steps of Algorithm 1"""
+    batch_size: int = 4
+    """sequences of a step of Algorithm 1"""
+    descent_steps: int | None = None
+    """steps of the preset descent; the preset's if left out"""
+    example: tuple[int, int] | None = None
+    """layer and head whose attention matrices are drawn (Figure 1); the first head of the middle
+    layer if left out"""
+    seed: int = 0
+    """of windows drawn from C4"""
+    out: Path = Path("runs/llama_heads")
+    """folder of the run"""
+    resume: Flag = False
+    """go on with the run in --out"""
+    redraw: Flag = False
+    """only draw figures and tables again from the metrics in --out"""
+    repeat: Path | None = None
+    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+
+    memory_flags: ClassVar[str] = "--head-batch, --windows or --batch-size"
+
+    def check(self) -> None:
+        """Raise ``InputError`` for values that cannot work, before anything is computed."""
+        if (self.input is None) == (self.model is None):
+            raise InputError("--model or --input: expected one of them, see --help")
+        for ratio in self.ratios:
+            try:
+                Sparsity(ratio)
+            except InputError as error:
+                raise InputError(f"--ratios {ratio}: {error}") from None
+        for method in self.methods:
+            if method not in SHOWN:
+                raise InputError(f"--methods {method}: expected some of {', '.join(SHOWN)}")
+        if not self.ratios or not self.methods:
+            raise InputError("--ratios and --methods: expected at least one value")
+        for name in ("heads", "head_batch", "steps", "batch_size", "descent_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')}: expected 1 or more")
+
+    @property
+    def middle(self) -> float:
+        """The ratio that single numbers are shown at."""
+        return middle_of(self.ratios)
+
+    def source(self) -> Layers:
+        """Where the layers come from.
+
+        Raises:
+          InputError: nothing usable there, or no such layer or head.
+        """
+        if self.model is None:
+            assert self.input is not None
+            found = from_file(self.input)
+        else:
+            found = from_model(
+                self.model,
+                self.calibration,
+                windows=self.windows,
+                seqlen=self.seqlen,
+                heldout=self.heldout,
+                layers=self.layers,
+                seed=self.seed,
+                dtype=self.dtype,
+            )
+        if self.heads is not None:
+            found = replace(found, heads=min(self.heads, found.heads))
+        layer, head = self.example_of(found)
+        if layer not in found.indices or not 0 <= head < found.heads:
+            raise InputError(
+                f"--example {layer} {head}: expected one of the layers {found.indices} and a head "
+                f"below {found.heads}"
+            )
+        return found
+
+    def example_of(self, source: Layers) -> tuple[int, int]:
+        """Layer and head of Figure 1."""
+        middle = source.indices[len(source.indices) // 2]
+        return (middle, 0) if self.example is None else self.example
+
+
+def middle_of(ratios: Sequence[float]) -> float:
+    """The middle one, of which there may be two."""
+    return sorted(ratios)[len(ratios) // 2]
+
+
+def ratios_of(method: str, config: Config, source: Layers) -> list[float]:
+    """Ratios of a method: those asked for; of a fused matrix also that of equal storage."""
+    matched = None if method in ON_PROJECTIONS else source.matched_ratio(config.middle)
+    return sorted({*config.ratios, *([] if matched is None else [matched])})
+
+
+def prune_heads(
+    problems: FusedProblem, method: str, ratios: Sequence[float], config: Config
+) -> tuple[Pruned, jax.Array]:
+    """Pruned weights ``[heads, ratios]``, keep masks, and the λ used (NaN where there is none)."""
+    values = jnp.asarray(ratios)
+    if method == ALGORITHM1:
+        batch = min(config.batch_size, problems.x.shape[0])
+        pruned, lam, _ = search_algorithm1(problems, values, steps=config.steps, batch_size=batch)
+        return pruned, lam
+    pruned = prune(problems, values, method=method, steps=config.descent_steps)
+    return pruned, jnp.full(pruned[0].shape[:2], jnp.nan)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One method on some heads of a layer, computed and saved as a whole."""
+
+    layer: int
+    method: str
+    heads: range
+    ratios: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"layer{self.layer}-{self.method}-heads{self.heads.start}-{self.heads.stop}"
+
+
+def plan(config: Config, source: Layers, layer: int, method: str) -> list[Part]:
+    """Parts of a method in a layer."""
+    ratios = tuple(ratios_of(method, config, source))
+    together = config.head_batch or fitting_heads(source, len(ratios))
+    return [
+        Part(layer, method, range(start, min(start + together, source.heads)), ratios)
+        for start in range(0, source.heads, together)
+    ]
+
+
+def compute(run: RunFolder, part: Part, problems: FusedProblem, config: Config) -> list[dict]:
+    """Rows of one part; its keep masks go beside."""
+    chosen = problems.heads(slice(part.heads.start, part.heads.stop))
+    (weight, keep_masks), lam = prune_heads(chosen, part.method, part.ratios, config)
+    outcome = judge(chosen, weight, keep_masks)
+    sides = ("w",) if len(keep_masks) == 1 else ("wq", "wk")
+    points = [
+        (i, head, j, ratio)
+        for i, head in enumerate(part.heads)
+        for j, ratio in enumerate(part.ratios)
+    ]
+    masks = {
+        f"{part.method}-{ratio:g}-layer{part.layer}-head{head}-{side}": np.asarray(mask[i, j])
+        for side, mask in zip(sides, keep_masks, strict=True)
+        for i, head, j, ratio in points
+    }
+    write_arrays(run.part_file(part.name), **masks)
+    return [
+        {
+            "layer": part.layer,
+            "head": head,
+            "method": part.method,
+            "ratio": ratio,
+            "calibration_error": float(outcome.calibration_error[i, j]),
+            "heldout_error": float(outcome.heldout_error[i, j]),
+            "stored_weights": int(outcome.stored_weights[i, j]),
+            "lam": None if np.isnan(lam[i, j]) else float(lam[i, j]),
+        }
+        for i, head, j, ratio in points
+    ]
+
+
+def compute_example(
+    run: RunFolder, problems: FusedProblem, layer: int, head: int, config: Config
+) -> list[dict]:
+    """Attention matrices of one head on the beginning of the first held-out window."""
+    one = problems.heads(slice(head, head + 1))
+    x = problems.x_heldout[0, :EXAMPLE_TOKENS]
+    arrays = {"dense": np.asarray(attention_matrix(x, one.w[0]))}
+    for method in EXAMPLE_METHODS:
+        if method in config.methods:
+            (weight, _), _ = prune_heads(one, method, [config.middle], config)
+            arrays[method] = np.asarray(attention_matrix(x, weight[0, 0]))
+    named = {"layer": layer, "head": head, "ratio": config.middle}
+    write_arrays(run.path / EXAMPLE, **arrays, **named)
+    return [named]
+
+
+def compute_layer(
+    run: RunFolder,
+    problems: FusedProblem,
+    layer: int,
+    config: Config,
+    source: Layers,
+    advance: Callable[[str], None],
+) -> Iterator[dict]:
+    """Rows of a layer; the masks of each method in it end in one file."""
+    for method in config.methods:
+        masks: dict[str, np.ndarray] = {}
+        for part in plan(config, source, layer, method):
+            yield from run.part(part.name, partial(compute, run, part, problems, config))
+            masks |= run.part_arrays(part.name)
+            advance(part.name)
+        write_arrays(run.path / f"keep_masks-layer{layer}-{method}.npz", **masks)
+    where = config.example_of(source)
+    if layer == where[0] and set(config.methods) & set(EXAMPLE_METHODS):
+        run.part("example", partial(compute_example, run, problems, *where, config))
+
+
+def summary(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Mean and spread over heads, and the best and the worst head by name."""
+    groups = metrics.groupby(["ratio", "method"], sort=False)
+    error = groups["heldout_error"]
+    table = groups.agg(
+        calibration=("calibration_error", "mean"),
+        heldout=("heldout_error", "mean"),
+        heldout_se=("heldout_error", "sem"),
+        heldout_p10=("heldout_error", lambda e: e.quantile(0.1)),
+        heldout_median=("heldout_error", "median"),
+        heldout_p90=("heldout_error", lambda e: e.quantile(0.9)),
+        stored_weights=("stored_weights", "mean"),
+        heads=("head", "size"),
+    ).reset_index()
+    for name, rows in (("best", error.idxmin()), ("worst", error.idxmax())):
+        named = metrics.loc[rows, ["ratio", "method", "layer", "head", "heldout_error"]]
+        named.columns = ["ratio", "method", f"{name}_layer", f"{name}_head", f"heldout_{name}"]
+        table = table.merge(named, on=["ratio", "method"])
+    return table
+
+
+def equal_storage(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Methods that store the same number of weights as Wanda, by the ratio of Wanda.
+
+    Fused ratios count where they store within 1% of it.
+    """
+    mean = metrics.groupby(["method", "ratio"], sort=False).mean(numeric_only=True).reset_index()
+    rows = []
+    for _, wanda in mean[mean["method"] == "wanda"].iterrows():
+        stored = wanda["stored_weights"]
+        close = mean[(mean["stored_weights"] - stored).abs() <= 0.01 * stored]
+        if set(close["method"]) - set(ON_PROJECTIONS):
+            rows += [
+                {
+                    "stored_weights": row["stored_weights"],
+                    "method": row["method"],
+                    "ratio": row["ratio"],
+                    "calibration": row["calibration_error"],
+                    "heldout": row["heldout_error"],
+                }
+                for _, row in close.iterrows()
+            ]
+    return pd.DataFrame(rows)
+
+
+def methods_in(metrics: pd.DataFrame) -> list[str]:
+    """Methods of a run in the order they are shown in."""
+    return [m for m in SHOWN if m in set(metrics["method"])]
+
+
+def asked_ratios(metrics: pd.DataFrame) -> list[float]:
+    """The ratios that all methods have, without those of equal storage alone."""
+    per_method = [set(rows["ratio"]) for _, rows in metrics.groupby("method")]
+    return sorted(set.intersection(*per_method))
+
+
+def draw_curves(metrics: pd.DataFrame) -> plt.Figure:
+    """Figure 3: error against the ratio, calibration and held-out, and against what is stored."""
+    methods = methods_in(metrics)
+    at = metrics[metrics["ratio"].isin(asked_ratios(metrics))]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+    panels = (
+        ("calibration, equal ratio", "ratio", "calibration_error", at),
+        ("held-out, equal ratio", "ratio", "heldout_error", at),
+        ("held-out, equal storage", "stored_weights", "heldout_error", metrics),
+    )
+    for cell, (title, x, measure, frame) in zip(axes, panels, strict=True):
+        plotting.curves(cell, frame, x, measure, methods, band="deciles")
+        cell.set_title(title)
+        cell.set_xlabel("fraction removed ρ" if x == "ratio" else "stored weights of a head")
+    axes[2].set_xscale("log", base=2)
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("relative error of the attention matrix")
+    heads = metrics.groupby(["layer", "head"]).ngroups
+    figure.suptitle(
+        f"mean over {heads} heads; band: from the first to the ninth decile", fontsize=9
+    )
+    figure.tight_layout()
+    plotting.legend_below(figure, axes[0])
+    return figure
+
+
+def draw_map(metrics: pd.DataFrame) -> plt.Figure:
+    """Held-out error of every head at the middle ratio, one map for each method."""
+    methods, ratio = methods_in(metrics), middle_of(asked_ratios(metrics))
+    at = metrics[metrics["ratio"] == ratio]
+    columns = min(3, len(methods))
+    rows = -(-len(methods) // columns)
+    layer_count, heads = at["layer"].nunique(), at["head"].nunique()
+    size = (
+        1.2 + columns * (0.8 + 0.28 * min(heads, 16)),
+        rows * (0.9 + 0.28 * min(layer_count, 16)),
+    )
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    shown = at["heldout_error"].clip(lower=1e-6)
+    norm = LogNorm(shown.min(), shown.max() * 1.0001)
+    for cell in axes.flat[len(methods) :]:
+        cell.set_visible(False)
+    for cell, method in zip(axes.flat, methods, strict=False):
+        here = at[at["method"] == method]
+        table = here.pivot_table(index="layer", columns="head", values="heldout_error")
+        image = cell.imshow(table.clip(lower=1e-6), aspect="auto", cmap="cividis", norm=norm)
+        cell.set_title(plotting.STYLES[method].label, fontsize=8)
+        cell.set_yticks(range(len(table)), table.index)
+        step = -(-heads // 16)
+        cell.set_xticks(range(0, heads, step), table.columns[::step])
+        cell.grid(False)
+    figure.supxlabel("query head", fontsize=9)
+    figure.supylabel("layer", fontsize=9)
+    figure.colorbar(image, ax=axes, label=f"held-out relative error, ρ = {ratio:g}")
+    return figure
+
+
+def draw_example(arrays: dict[str, np.ndarray]) -> plt.Figure:
+    """Figure 1: attention matrices of one head, and below how far they are from the dense one."""
+    dense = arrays["dense"]
+    methods = [m for m in EXAMPLE_METHODS if m in arrays]
+    errors = {m: np.abs(arrays[m] - dense) for m in methods}
+    figure, axes = plt.subplots(
+        2,
+        1 + len(methods),
+        figsize=(2.5 * (1 + len(methods)) + 0.6, 5.0),
+        squeeze=False,
+        layout="constrained",
+    )
+    top = max(e.max() for e in errors.values())
+    # The square root keeps faint weights visible beside those near one.
+    scale = {"cmap": "viridis", "norm": plt.matplotlib.colors.PowerNorm(0.5, 0, 1)}
+    difference = {"cmap": "magma", "norm": plt.matplotlib.colors.PowerNorm(0.5, 0, top)}
+    image = axes[0, 0].imshow(dense, **scale)
+    axes[0, 0].set_title("dense")
+    axes[1, 0].set_visible(False)
+    for column, method in enumerate(methods, start=1):
+        axes[0, column].imshow(arrays[method], **scale)
+        axes[0, column].set_title(plotting.STYLES[method].label, fontsize=9)
+        lower = axes[1, column].imshow(errors[method], **difference)
+        relative = np.sum(errors[method] ** 2) / np.sum(dense**2)
+        axes[1, column].set_title(f"|difference|, relative error {relative:.3g}", fontsize=8)
+    for cell in axes.flat:
+        cell.grid(False)
+        cell.set_xticks([])
+        cell.set_yticks([])
+    axes[0, 0].set_ylabel("query")
+    axes[0, 0].set_xlabel("key")
+    figure.colorbar(image, ax=axes[0, :], label="attention")
+    figure.colorbar(lower, ax=axes[1, :], label="|difference|")
+    figure.suptitle(
+        f"layer {arrays['layer']}, head {arrays['head']}, ρ = {arrays['ratio']:g}: first "
+        f"{len(dense)} tokens of a held-out window",
+        fontsize=10,
+    )
+    return figure
+
+
+def report(metrics: pd.DataFrame, folder: Path) -> None:
+    """Figures and tables."""
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    plotting.save(draw_curves(metrics), figures, "figure3")
+    plotting.save(draw_map(metrics), figures, "heads")
+    if (folder / EXAMPLE).exists():
+        arrays = read_arrays(folder / EXAMPLE, "make the run anew")
+        plotting.save(draw_example(arrays), figures, "figure1")
+    heads, storage = summary(metrics), equal_storage(metrics)
+    for name, table in (("summary", heads), ("equal_storage", storage)):
+        with replacing(folder / f"{name}.csv") as partial_file:
+            table.to_csv(partial_file, index=False)
+    named = [c for c in heads if "best" in c or "worst" in c]
+    text = []
+    for title, table in (
+        ("Equal ratio: relative error over heads", heads.drop(columns=named)),
+        ("Best and worst heads, held-out", heads[["ratio", "method", *named]]),
+        ("Equal stored weights: mean relative error", storage),
+    ):
+        shown = table.to_markdown(index=False, floatfmt=".4g") if len(table) else "(none match)"
+        text.append(f"## {title}\n\n{shown}\n")
+    with replacing(folder / "tables.md") as partial_file:
+        partial_file.write_text("\n".join(text))
+    print("\n".join(text))
+    print(f"metrics, tables, figures and keep masks: {folder}")
+
+
+def body(config: Config) -> None:
+    """Run, or redraw."""
+    if config.redraw:
+        with drawing_again(config.out):
+            report(read_metrics(config.out, COLUMNS), config.out)
+        return
+    config.check()
+    source = config.source()
+    with RunFolder(config.out, config, resume=config.resume, inputs=source.inputs) as run:
+        write_json(run.path / "protocol.json", source.protocol)
+        rows: list[dict[str, Any]] = []
+        total = sum(
+            len(plan(config, source, layer, method))
+            for layer in source.indices
+            for method in config.methods
+        )
+        with tqdm(total=total, unit="part") as bar:
+
+            def advance(name: str) -> None:
+                bar.set_postfix_str(name)
+                bar.update()
+
+            for layer, problems in source.read():
+                rows += compute_layer(run, problems, layer, config, source, advance)
+        metrics = run.write_metrics(rows, COLUMNS)
+    report(metrics, config.out)
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "jaxprune heads") -> int:
+    """Entry point; returns the exit status."""
+    return run_script(Config, body, argv, prog)

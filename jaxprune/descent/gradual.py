@@ -1,0 +1,130 @@
+"""The preset ``descent``, for any weights and objective: gradual pruning with weights that adapt.
+
+``jaxprune.methods`` gives it the attention matrices of a head or layer, ``jaxprune.pipeline`` the
+output of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from jaxprune.descent.loop import Descent, Objective
+from jaxprune.descent.relaxations import Weights, cubic_sparsity, gradual
+from jaxprune.sparsity import Group, Sparsity
+
+
+def gradual_descent(
+    objective: Objective,
+    weights: Weights,
+    sparsity: Sparsity,
+    *,
+    rank: Callable[[Weights], PyTree],
+    group: Group,
+    steps: int,
+    learning_rate: ArrayLike,
+    pull: ArrayLike,
+    batch_size: int,
+    tightened: float = 0.6,
+    **options: Any,
+) -> Descent:
+    """A descent on the kept weights under a mask that tightens, ready to run.
+
+    Adam with warm-up and cosine decay moves the weights; the mask is the best-ranked part of the
+    current weights, its size on a cubic schedule; a penalty pulls to the dense weights. Steps and
+    penalty are in units of the mean ``|w|`` of each matrix, so that the scale of weights cancels.
+
+    Args:
+      objective: effective weights and batch to a scalar.
+      weights: dense weights, a pytree of ``[d_in, d_out]``.
+      sparsity: final sparsity.
+      rank: current weights to scores.
+      group: entries that compete.
+      steps: updates.
+      learning_rate: of Adam, in units of the mean ``|w|``.
+      pull: weight of the mean squared distance to the dense weights in these units.
+      batch_size: sequences of a step.
+      tightened: part of the steps after which the mask has its final size.
+      **options: further fields of ``Descent``.
+    """
+    scales = _mean_sizes(weights)
+    # From the first step: while nothing is dropped gradients are rounding.
+    tightening = cubic_sparsity(max(steps, 1), until=tightened)
+
+    def penalty(variable: Weights) -> Float[Array, ""]:
+        distances = jax.tree.map(
+            lambda v, w, s: jnp.mean(((v - w) / s) ** 2), variable, weights, scales
+        )
+        return jnp.asarray(pull) * sum(jax.tree.leaves(distances))
+
+    return Descent(
+        objective=objective,
+        relaxation=gradual(
+            sparsity,
+            rank,
+            schedule=lambda step: tightening(step + 1),
+            group=group,
+        ),
+        optimizer=adam_in_units(weights, learning_rate, steps),
+        sparsity=sparsity,
+        steps=steps,
+        batch_size=batch_size,
+        penalty=penalty,
+        **options,
+    )
+
+
+def _mean_sizes(weights: Weights) -> PyTree:
+    """Mean ``|w|`` of every matrix, one for each index of leading axes."""
+    return jax.tree.map(lambda w: jnp.mean(jnp.abs(w), axis=(-2, -1), keepdims=True), weights)
+
+
+def adam_in_units(
+    weights: Weights, learning_rate: ArrayLike, steps: int
+) -> optax.GradientTransformation:
+    """Adam with warm-up and cosine decay, its steps in units of the mean ``|w|`` of each matrix.
+
+    Steps grow from zero: near a minimum the first gradients may be rounding alone, of which Adam
+    would make steps of full size.
+
+    Args:
+      weights: pytree of matrices, which give the units.
+      learning_rate: largest step.
+      steps: updates in all.
+    """
+    scales = _mean_sizes(weights)
+    decay = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, max(steps, 1))
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.scale_by_learning_rate(lambda step: jnp.asarray(learning_rate) * decay(step)),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
+    )
+
+
+def split_sequences(data: PyTree) -> tuple[PyTree, PyTree]:
+    """Split arrays with a leading sequence axis: every eighth sequence (at least one) validates.
+
+    A single sequence serves as both; ``jaxprune.methods.fused`` splits it by tokens instead.
+    """
+    count = jax.tree.leaves(data)[0].shape[0]
+    return split_axis(data, 0, min(count, 8))
+
+
+def split_axis(data: PyTree, axis: int, every: int) -> tuple[PyTree, PyTree]:
+    """Every ``every``-th entry along an axis to validate on, the others to fit on."""
+    size = jax.tree.leaves(data)[0].shape[axis]
+    held = np.arange(size) % every == every - 1
+    if held.all():
+        return data, data
+
+    def part(chosen: np.ndarray) -> PyTree:
+        places = np.flatnonzero(chosen)
+        return jax.tree.map(lambda a: jnp.take(a, places, axis=axis), data)
+
+    return part(~held), part(held)

@@ -1,0 +1,1 @@
+"""How well a pruned head, layer or model does, and how the methods compare."""

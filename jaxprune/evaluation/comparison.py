@@ -1,0 +1,342 @@
+"""Every method on the same heads: calibration and held-out error, and what is stored.
+
+One problem is one head. A method prunes it to a fused weight and keep masks, and one program
+judges them all; both are mapped over problems (seeds or heads) and ratios.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxprune.attention import contract, relative_error
+from jaxprune.baselines import PrunedLinear, magnitude, sparsegpt, wanda
+from jaxprune.errors import InputError
+from jaxprune.methods.fused import algorithm1, algorithm1_grid, prune_attention
+from jaxprune.sparsity import Sparsity, keep_mask
+
+# Algorithm 1 has a grid of λ and step sizes, hence a function of its own below.
+ALGORITHM1 = "algorithm1"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FusedProblem:
+    """One head: activations to calibrate on and to judge by, and its two projections.
+
+    Attributes:
+      x: calibration activations; without the leading axis where all problems share them.
+      x_heldout: activations that no method sees, likewise.
+      wq: query projection, the scale ``1/√k`` included where there is one.
+      wk: key projection.
+    """
+
+    x: Float[Array, "... b n d"]
+    x_heldout: Float[Array, "... c m d"]
+    wq: Float[Array, "*p d k"]
+    wk: Float[Array, "*p d k"]
+
+    @classmethod
+    def of_layer(
+        cls,
+        x: Float[Array, "b n d"],
+        x_heldout: Float[Array, "c m d"],
+        wq: Float[Array, "d h k"],
+        wk: Float[Array, "d g k"],
+    ) -> FusedProblem:
+        """The heads of one layer: each query head with the key head it shares, ``1/√k`` in ``wq``.
+
+        Args:
+          x: inputs of the projections to calibrate on, shared by all heads.
+          x_heldout: inputs to judge by.
+          wq: query projection.
+          wk: key projection; key head ``j`` serves the query heads ``j·h/g … (j+1)·h/g − 1``.
+        """
+        heads, width = wq.shape[1:]
+        wk = jnp.repeat(wk, heads // wk.shape[1], axis=1)
+        scaled = wq * jnp.asarray(width**-0.5, wq.dtype)
+        return cls(x, x_heldout, jnp.moveaxis(scaled, 1, 0), jnp.moveaxis(wk, 1, 0))
+
+    @property
+    def w(self) -> Float[Array, "*p d d"]:
+        """Fused weight ``W_Q W_Kᵀ``."""
+        return _fuse(self.wq, self.wk)
+
+    def heads(self, chosen: slice) -> FusedProblem:
+        """Some of the problems, where all share their activations."""
+        return replace(self, wq=self.wq[chosen], wk=self.wk[chosen])
+
+
+def _fuse(wq: Array, wk: Array) -> Array:
+    return contract("...dk,...ek->...de", wq, wk).astype(wq.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Outcome:
+    """Relative errors of a pruned head, and the number of weights it stores.
+
+    Attributes:
+      calibration_error: on ``x``.
+      heldout_error: on ``x_heldout``.
+      stored_weights: kept entries, of the fused matrix or of both projections.
+      keep_masks: one mask for a fused matrix, two for projections.
+    """
+
+    calibration_error: Float[Array, "*p"]
+    heldout_error: Float[Array, "*p"]
+    stored_weights: Int[Array, "*p"]
+    keep_masks: tuple[Bool[Array, "*p _ _"], ...]
+
+
+Pruned = tuple[Array, tuple[Array, ...]]  # effective fused weight, keep masks
+Projection = Callable[[Array, Array, Sparsity], PrunedLinear]
+
+
+def _projections(prune: Projection, x: Array, wq: Array, wk: Array, ratio: Array) -> Pruned:
+    """A baseline applied to both projections, as the paper compares it."""
+    q, k = (prune(x, w, Sparsity(ratio)) for w in (wq, wk))
+    return _fuse(q.weight, k.weight), (q.keep_mask, k.keep_mask)
+
+
+def _fused_magnitude(x: Array, w: Array, ratio: Array) -> Pruned:
+    pruned = magnitude(w, Sparsity(ratio))
+    return pruned.weight, (pruned.keep_mask,)
+
+
+def _descent(x: Array, w: Array, ratio: Array, steps: int | None = None) -> Pruned:
+    pruned = prune_attention(x, w, Sparsity(ratio), preset="descent", steps=steps)
+    return pruned.weight, (pruned.keep_mask,)
+
+
+_ON_PROJECTIONS: dict[str, Callable[..., Pruned]] = {
+    "wanda": partial(_projections, wanda),
+    "sparsegpt": partial(_projections, sparsegpt),
+}
+_ON_FUSED: dict[str, Callable[..., Pruned]] = {
+    "fused_magnitude": _fused_magnitude,
+    # Where preset `descent` starts, and stays if nothing better validates.
+    "ranking": partial(_descent, steps=0),
+    "descent": _descent,
+}
+ON_PROJECTIONS = tuple(_ON_PROJECTIONS)
+METHODS = (*_ON_PROJECTIONS, *_ON_FUSED)
+
+
+def compare(
+    problems: FusedProblem, ratios: Float[Array, " r"], *, method: str, steps: int | None = None
+) -> Outcome:
+    """Outcomes ``[problems, ratios]`` of one of ``METHODS``.
+
+    Args:
+      problems: with one leading axis.
+      ratios: fractions removed.
+      method: Wanda and SparseGPT prune both projections, the others the fused weight.
+      steps: of ``descent``; the preset's if ``None``.
+    """
+    return judge(problems, *prune(problems, ratios, method=method, steps=steps))
+
+
+def prune(
+    problems: FusedProblem, ratios: Float[Array, " r"], *, method: str, steps: int | None = None
+) -> Pruned:
+    """Effective fused weights ``[problems, ratios, d, d]`` and keep masks; see ``compare``."""
+    weights = (problems.wq, problems.wk) if method in ON_PROJECTIONS else (problems.w,)
+    return _prune(problems.x, weights, ratios, method=method, steps=steps)
+
+
+def _problem_axis(x: Array) -> int | None:
+    """Axis of problems of activations: none where they are shared, ``[b, n, d]``."""
+    return 0 if x.ndim == 4 else None
+
+
+@partial(jax.jit, static_argnames=("method", "steps"))
+def _prune(
+    x: Array, weights: tuple[Array, ...], ratios: Array, *, method: str, steps: int | None
+) -> Pruned:
+    prune = (_ON_PROJECTIONS | _ON_FUSED)[method]
+    if method == "descent" and steps is not None:
+        prune = partial(prune, steps=steps)
+    over_ratios = jax.vmap(lambda x, weights, r: prune(x, *weights, r), (None, None, 0))
+    return jax.vmap(over_ratios, (_problem_axis(x), 0, None))(x, weights, ratios)
+
+
+def judge(
+    problems: FusedProblem,
+    weight: Float[Array, "p r d d"],
+    keep_masks: tuple[Bool[Array, "p r _ _"], ...],
+) -> Outcome:
+    """Errors of pruned heads and what they store.
+
+    Raises:
+      InputError: logits beyond float32.
+    """
+    calibration, heldout = _errors(problems.x, problems.x_heldout, problems.w, weight)
+    if not all(bool(jnp.isfinite(error).all()) for error in (calibration, heldout)):
+        raise InputError("attention is not finite: activations or weights are too large")
+    stored = [mask.sum(axis=(-1, -2)) for mask in keep_masks]
+    return Outcome(calibration, heldout, jnp.asarray(sum(stored)), keep_masks)
+
+
+@jax.jit
+def _errors(x: Array, x_heldout: Array, w: Array, pruned: Array) -> tuple[Array, Array]:
+    """Both errors ``[problems, ratios]`` of fused weights ``[problems, ratios, d, d]``."""
+
+    def one(x: Array, w: Array, pruned: Array) -> Array:
+        return jax.lax.map(partial(relative_error, x, w), pruned)
+
+    return (
+        jax.vmap(one, (_problem_axis(x), 0, 0))(x, w, pruned),
+        jax.vmap(one, (_problem_axis(x_heldout), 0, 0))(x_heldout, w, pruned),
+    )
+
+
+def compare_algorithm1(
+    problems: FusedProblem,
+    ratios: Float[Array, " r"],
+    lam: Float[Array, " p"],
+    rates: Float[Array, "p s"],
+    *,
+    steps: int = 300,
+    batch_size: int | None = None,
+) -> tuple[Outcome, Float[Array, "p r"]]:
+    """Outcomes ``[problems, ratios]`` of Algorithm 1, the step size chosen on calibration error.
+
+    One descent per step size serves all ratios: the last mask is rounded to each of them.
+
+    Args:
+      problems: with one leading axis.
+      ratios: fractions removed.
+      lam: λ of every problem.
+      rates: step sizes to choose from, for every problem.
+      steps: updates of gradient descent.
+      batch_size: sequences of a step; all if ``None``.
+
+    Returns:
+      Outcomes and the step sizes chosen.
+    """
+    w = problems.w
+    weight, kept, chosen = _algorithm1(
+        problems.x, w, ratios, lam, rates, steps=steps, batch_size=batch_size
+    )
+    return judge(problems, weight, (kept,)), chosen
+
+
+@partial(jax.jit, static_argnames=("steps", "batch_size"))
+def _algorithm1(
+    x: Array,
+    w: Array,
+    ratios: Array,
+    lam: Array,
+    rates: Array,
+    *,
+    steps: int,
+    batch_size: int | None,
+) -> tuple[Array, Array, Array]:
+    def one(x: Array, w: Array, lam: Array, rates: Array) -> tuple[Array, Array, Array]:
+        def learn(rate: Array) -> Array:
+            found = algorithm1(
+                x,
+                w,
+                lam=lam,
+                learning_rate=rate,
+                sparsity=Sparsity(0.5),
+                steps=steps,
+                batch_size=batch_size,
+            )
+            return found.state.variable
+
+        masks = jax.vmap(learn)(rates)
+
+        def at_ratio(ratio: Array) -> tuple[Array, Array, Array]:
+            kept = jax.vmap(lambda mask: keep_mask(mask, Sparsity(ratio)))(masks)
+            pruned = jnp.where(kept, w, 0)
+            errors = jax.lax.map(partial(relative_error, x, w), pruned)
+            # NaN, from a step size that diverged, must not win.
+            best = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
+            return pruned[best], kept[best], rates[best]
+
+        return jax.vmap(at_ratio)(ratios)
+
+    return jax.vmap(one, (_problem_axis(x), 0, 0, 0))(x, w, lam, rates)
+
+
+# Successive halving of the grid of Algorithm 1: every point runs for the first number of steps,
+# as many as the second go on to the end, and they are judged on so many sequences.
+_SCREEN_STEPS = 60
+_FINALISTS = 3
+_JUDGED = 16
+
+
+def search_algorithm1(
+    problems: FusedProblem,
+    ratios: Float[Array, " r"],
+    *,
+    steps: int = 300,
+    batch_size: int | None = None,
+) -> tuple[Pruned, Float[Array, "p r"], Float[Array, "p r"]]:
+    """Algorithm 1 with λ and step size found on the calibration error, head by head.
+
+    All points of ``methods.fused.algorithm1_grid`` run for a few steps; those with the least
+    calibration error at the middle ratio start again and run to the end, and each ratio takes the
+    best of them. Errors are taken on at most 16 of the calibration sequences.
+
+    Args:
+      problems: with one leading axis, activations shared.
+      ratios: fractions removed, ascending.
+      steps: updates of gradient descent.
+      batch_size: sequences of a step; all if ``None``.
+
+    Returns:
+      Pruned weights and keep masks ``[problems, ratios]``, and the λ and step sizes chosen.
+    """
+    weight, kept, lam, rate = _search(
+        problems.x, problems.w, ratios, steps=steps, batch_size=batch_size
+    )
+    return (weight, (kept,)), lam, rate
+
+
+@partial(jax.jit, static_argnames=("steps", "batch_size"))
+def _search(
+    x: Array, w: Array, ratios: Array, *, steps: int, batch_size: int | None
+) -> tuple[Array, ...]:
+    judged = x[..., :: -(-x.shape[-3] // _JUDGED), :, :]
+
+    def one(x: Array, judged: Array, w: Array) -> tuple[Array, ...]:
+        def learn(lam: Array, rate: Array, steps: int) -> Array:
+            found = algorithm1(
+                x,
+                w,
+                lam=lam,
+                learning_rate=rate,
+                sparsity=Sparsity(0.5),
+                steps=steps,
+                batch_size=batch_size,
+            )
+            return found.state.variable
+
+        def errors(masks: Array, ratio: Array) -> Array:
+            kept = jax.vmap(lambda mask: keep_mask(mask, Sparsity(ratio)))(masks)
+            found = jax.lax.map(partial(relative_error, judged, w), jnp.where(kept, w, 0))
+            # NaN, from a step size that diverged, must not win.
+            return jnp.where(jnp.isnan(found), jnp.inf, found)
+
+        lams, rates = (a.reshape(-1) for a in algorithm1_grid(x, w))
+        screened = jax.vmap(partial(learn, steps=min(_SCREEN_STEPS, steps)))(lams, rates)
+        order = jnp.argsort(errors(screened, ratios[ratios.size // 2]))
+        lams, rates = (a[order[:_FINALISTS]] for a in (lams, rates))
+        masks = jax.vmap(partial(learn, steps=steps))(lams, rates)
+
+        def at_ratio(ratio: Array) -> tuple[Array, ...]:
+            best = jnp.argmin(errors(masks, ratio))
+            kept = keep_mask(masks[best], Sparsity(ratio))
+            return jnp.where(kept, w, 0), kept, lams[best], rates[best]
+
+        return jax.lax.map(at_ratio, ratios)
+
+    return jax.vmap(one, (_problem_axis(x), _problem_axis(x), 0))(x, judged, w)

@@ -1,0 +1,442 @@
+"""Pruning ``W_Q`` and ``W_K`` of a layer on its attention matrices, exact with RoPE and GQA.
+
+What a model stores stays what it stores: two projections, with zeros in them. The attention
+matrices are those of the model, positions and grouped heads included, so that a key head's mask
+feels every query head it serves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from jaxprune.attention import check_finite, contract, rotary_embedding, row_errors
+from jaxprune.descent.gradual import gradual_descent, split_sequences
+from jaxprune.descent.loop import Descent, Trace, descend
+from jaxprune.descent.relaxations import cubic_sparsity, straight_through
+from jaxprune.errors import InputError
+from jaxprune.importance import Importance, column_sensitivity, feature_norms, importance
+from jaxprune.objective import softmax_error
+from jaxprune.sharding import AXES, over_mesh
+from jaxprune.sparsity import Group, Sparsity
+
+# Weight of attention's output beside its matrices; see ``output_maps``.
+OUTPUT_WEIGHT = 2.0
+
+Projections = tuple[Array, Array]  # wq [d, heads·k] and wk [d, kv_heads·k]
+
+
+class QueryKeySettings(NamedTuple):
+    """Choices that are static under ``jit``.
+
+    Attributes:
+      heads: query heads.
+      kv_heads: key heads; each serves ``heads / kv_heads`` consecutive query heads.
+      scale: of the logits.
+      sparsity: of each matrix.
+      steps: updates.
+      batch_size: sequences of a step.
+      learning_rate: Adam's step, in units of the mean ``|w|`` of a matrix.
+      mask_learning_rate: the same for mask scores, in units of their mean, without ``refit``.
+      refit: kept weights adapt; else only the mask is learned and they keep their values.
+      output_weight: of the error of attention's output beside that of its matrices.
+      tightened: part of the steps after which the mask has its final size.
+      columns_compete: weights of a whole matrix compete; else every output column keeps as many,
+        ranked by Wanda's score.
+    """
+
+    heads: int
+    kv_heads: int
+    scale: float
+    sparsity: Sparsity
+    steps: int = 1200
+    batch_size: int = 8
+    learning_rate: float = 0.15
+    mask_learning_rate: float = 0.003
+    refit: bool = True
+    output_weight: float = OUTPUT_WEIGHT
+    tightened: float = 0.4
+    columns_compete: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrunedQueryKey:
+    """Pruned projections of a layer and how they came about.
+
+    Attributes:
+      wq: query projection, exact zeros where dropped.
+      wk: key projection.
+      keep_q: True where kept.
+      keep_k: True where kept.
+      trace: loss and squared gradient norm at every step, validation errors.
+      calibration_error: relative error of every query head's attention matrices on ``x``.
+      best_step: step of the iterate that was kept; 0 is the initial ranking.
+      rejected_steps: updates left out because they were not finite.
+    """
+
+    wq: Float[Array, "*l d h k"]
+    wk: Float[Array, "*l d g k"]
+    keep_q: Bool[Array, "*l d h k"]
+    keep_k: Bool[Array, "*l d g k"]
+    trace: Trace
+    calibration_error: Float[Array, "*l h"]
+    best_step: Int[Array, "*l"]
+    rejected_steps: Int[Array, "*l"]
+
+
+def prune_query_key(
+    x: Float[Array, "b n d"],
+    wq: Float[Array, "d h k"],
+    wk: Float[Array, "d g k"],
+    sparsity: Sparsity | Any,
+    *,
+    rope: Float[Array, " f"] | None,
+    scale: float | None = None,
+    preset: str = "descent",
+    refit: bool = True,
+    steps: int | None = None,
+    x_dense: Float[Array, "b n d"] | None = None,
+    wv: Float[Array, "d g k"] | None = None,
+    wo: Float[Array, "h k d_out"] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> PrunedQueryKey:
+    """Prune ``W_Q`` and ``W_K`` of a layer so that its attention matrices are kept.
+
+    Minimises the mean over sequences of ``½ Σ_heads ‖C‖²``, ``C = softmax(q̃ k̃ᵀ) − softmax(q kᵀ)``,
+    with ``q = rope(x W_Q)·scale`` and ``k = rope(x W_K)``, causal: kept weights adapt while a hard
+    mask tightens on a cubic schedule (``descent.gradual``). Given ``wv`` and ``wo``, what ``C``
+    does to the output, ``½ Σ_heads ‖C x W_V W_O‖²``, counts too (``output_maps``). Every
+    eighth sequence validates.
+
+    Args:
+      x: inputs of the projections, ``b`` sequences.
+      wq: query projection of all heads.
+      wk: key projection; each key head serves ``h/g`` consecutive query heads.
+      sparsity: of each matrix, ``Sparsity`` or what ``Sparsity.parse`` reads; columns differ.
+      rope: inverse frequencies, or ``None`` for no positions.
+      scale: of the logits; ``1/√k`` if ``None``.
+      preset: ``"descent"``.
+      refit: let kept weights adapt; else only the mask is learned.
+      steps: updates, 1200 if ``None``.
+      x_dense: inputs that define the dense attention, where ``x`` comes from a pruned model; ``x``
+        if ``None``.
+      wv: value projection of the layer, with ``wo``.
+      wo: output projection; of both or neither. They are not pruned.
+      key: randomness of the batches; ``jax.random.key(0)`` if ``None``.
+
+    Raises:
+      InputError: shapes, sparsity, preset or values are wrong.
+
+    Source: the objective of Liang et al. 2025, Def. 3.2, on the factored, rotated logits.
+    """
+    sparsity = Sparsity.parse(sparsity)
+    if preset != "descent":
+        raise InputError(f"preset {preset!r}: expected descent")
+    x0 = x if x_dense is None else x_dense
+    _check_layer(x, x0, wq, wk, rope)
+    _check_output(wq, wk, wv, wo)
+    sparsity.check_divides(wq.shape[0])
+    check_finite(x=x, wq=wq, wk=wk, x_dense=x_dense, rope=rope, wv=wv, wo=wo)
+    settings = QueryKeySettings(
+        heads=wq.shape[1],
+        kv_heads=wk.shape[1],
+        scale=wq.shape[2] ** -0.5 if scale is None else scale,
+        sparsity=sparsity,
+        refit=refit,
+    )
+    if steps is not None:
+        settings = settings._replace(steps=steps)
+    prune = _prune
+    if not isinstance(sparsity.ratio, jax.core.Tracer):
+        prune = jax.jit(_prune, static_argnames="settings")
+    key = jax.random.key(0) if key is None else key
+    return prune(x, x0, wq, wk, rope, wv, wo, key, settings=settings)
+
+
+def _check_layer(x: Array, x0: Array, wq: Array, wk: Array, rope: Array | None) -> None:
+    if (
+        (x.ndim, wq.ndim, wk.ndim) != (3, 3, 3)
+        or x.shape != x0.shape
+        or not x.shape[2] == wq.shape[0] == wk.shape[0]
+        or wq.shape[2] != wk.shape[2]
+        or wq.shape[1] % wk.shape[1]
+        or (rope is not None and rope.shape != (wq.shape[2] // 2,))
+    ):
+        raise InputError(
+            f"x {x.shape}, x_dense {x0.shape}, wq {wq.shape}, wk {wk.shape}, rope "
+            f"{None if rope is None else rope.shape} do not match: expected [b, n, d] twice, "
+            "[d, heads, k], [d, kv_heads, k] with kv_heads dividing heads, and [k/2]"
+        )
+
+
+def _check_output(wq: Array, wk: Array, wv: Array | None, wo: Array | None) -> None:
+    if (wv is None) != (wo is None):
+        raise InputError("wv and wo: expected both or neither")
+    if wv is None or wo is None:
+        return
+    if (
+        (wv.ndim, wo.ndim) != (3, 3)
+        or wv.shape[:2] != wk.shape[:2]
+        or wo.shape[:2] != (wq.shape[1], wv.shape[2])
+    ):
+        raise InputError(
+            f"wv {wv.shape} and wo {wo.shape} do not match wq {wq.shape} and wk {wk.shape}: "
+            "expected [d, kv_heads, k] and [heads, k, d]"
+        )
+
+
+def _prune(
+    x: Array,
+    x0: Array,
+    wq: Array,
+    wk: Array,
+    rope: Array | None,
+    wv: Array | None,
+    wo: Array | None,
+    key: Array,
+    *,
+    settings: QueryKeySettings,
+) -> PrunedQueryKey:
+    dense = (wq.reshape(wq.shape[0], -1), wk.reshape(wk.shape[0], -1))
+    fit, validation = split_sequences({"x": x, "x0": x0})
+    context = query_key_context(dense, fit, rope, settings, wv, wo)
+    descent = query_key_descent(dense, fit, context, settings)
+    found = descend(descent, dense, fit, key=key, validation=validation)
+    error, energy = head_errors(x, found.weights, x0, dense, rope, settings)
+    assert found.state.best is not None
+    (pruned_q, pruned_k), (keep_q, keep_k) = found.weights, found.keep_masks
+    return PrunedQueryKey(
+        wq=pruned_q.reshape(wq.shape),
+        wk=pruned_k.reshape(wk.shape),
+        keep_q=keep_q.reshape(wq.shape),
+        keep_k=keep_k.reshape(wk.shape),
+        trace=found.trace,
+        calibration_error=error / energy,
+        best_step=found.state.best.step,
+        rejected_steps=found.state.rejected,
+    )
+
+
+def queries_and_keys(
+    x: Float[Array, "*b n d"],
+    weights: Projections,
+    rope: Float[Array, " f"] | None,
+    settings: QueryKeySettings,
+) -> tuple[Float[Array, "*b g r n k"], Float[Array, "*b g 1 n k"]]:
+    """Rotated queries, scale included, and keys; logits are their inner products.
+
+    Args:
+      x: inputs of the projections.
+      weights: ``wq`` and ``wk``, heads one after the other on the output axis.
+      rope: inverse frequencies, or ``None``.
+      settings: heads and scale.
+
+    Returns:
+      Query heads grouped by the key head they share; key heads with an axis to broadcast.
+    """
+
+    def project(w: Array, *heads: int) -> Array:
+        y = contract("...nd,de->...ne", x, w.astype(x.dtype)).astype(x.dtype)
+        y = jnp.moveaxis(y.reshape(*y.shape[:-1], *heads, -1), -4, -2)
+        return y if rope is None else rotary_embedding(y, rope)
+
+    q = project(weights[0], settings.kv_heads, settings.heads // settings.kv_heads)
+    return q * settings.scale, project(weights[1], settings.kv_heads, 1)
+
+
+class QueryKeyContext(NamedTuple):
+    """Arrays of a layer's descent besides weights and data.
+
+    Attributes:
+      rope: inverse frequencies, or ``None``.
+      outputs: of ``output_maps``, ``None`` where the output does not count.
+      importance: factors of ``|w|`` in the ranking, for each projection.
+    """
+
+    rope: Float[Array, " f"] | None
+    outputs: Float[Array, "d h v"] | None
+    importance: tuple[Importance, Importance]
+
+
+def output_maps(
+    x: Float[Array, "b n d"],
+    wv: Float[Array, "d g k"],
+    wo: Float[Array, "h k d_out"],
+    weight: float,
+) -> Float[Array, "d h v"]:
+    """Maps from inputs to values whose errors are those of attention's output, head by head.
+
+    With ``W_O,h = L_h Q_h``, ``Q_h`` of orthonormal rows, ``‖C x W_V W_O,h‖ = ‖C x W_V L_h‖``: a
+    head's output is compared at the width of a head. Scaled so that with ``weight`` 1 the outputs
+    of two random tokens differ as much as two attention rows that each see one of them, on average
+    over heads: then the objective does not depend on the scale of ``W_V`` and ``W_O``.
+
+    Args:
+      x: inputs of the value projection.
+      wv: value projection.
+      wo: output projection; ``h/g`` consecutive query heads share values.
+      weight: of the output's error beside the matrices'; zero leaves it out.
+    """
+    heads, shared = wo.shape[0], wo.shape[0] // wv.shape[1]
+    # W_Oᵀ = Q R, so W_O = Rᵀ Qᵀ.
+    triangles = jax.vmap(lambda w: jnp.linalg.qr(w.T, mode="r").T)(wo)
+    maps = contract("dhk,hkv->dhv", jnp.repeat(wv, shared, axis=1), triangles)
+    centred = x - jnp.mean(x, axis=(0, 1))
+    covariance = contract("bnd,bne->de", centred, centred) / (x.shape[0] * x.shape[1])
+    variance = contract("dhv,de,ehv->", maps, covariance, maps) / heads
+    return maps * jnp.sqrt(weight / jnp.where(variance > 0, variance, 1)).astype(maps.dtype)
+
+
+def _sample_errors(
+    dense: Projections,
+    rope: Array | None,
+    outputs: Array | None,
+    settings: QueryKeySettings,
+    weights: Projections,
+    batch: PyTree,
+) -> Float[Array, " b"]:
+    """Objective of every sequence, summed over heads."""
+    q, k = queries_and_keys(batch["x"], weights, rope, settings)
+    q0, k0 = queries_and_keys(batch["x0"], dense, rope, settings)
+    values = None
+    if outputs is not None:
+        grouped = outputs.reshape(outputs.shape[0], *q.shape[1:3], -1)
+        values = contract("bnd,dgrv->bgrnv", batch["x0"], grouped).astype(q.dtype)
+
+    def errors(q: Array, k: Array, q0: Array, k0: Array, values: Array | None) -> Array:
+        return softmax_error(q, k, q0, k0, values=values)
+
+    return over_mesh(errors, *AXES)(q, k, q0, k0, values).sum(axis=(-1, -2))
+
+
+@partial(jax.jit, static_argnames="settings")
+def query_key_context(
+    dense: Projections,
+    fit: PyTree,
+    rope: Float[Array, " f"] | None,
+    settings: QueryKeySettings,
+    wv: Float[Array, "d g k"] | None = None,
+    wo: Float[Array, "h k d_out"] | None = None,
+) -> QueryKeyContext:
+    """What the descent of a layer needs to know: see ``QueryKeyContext``.
+
+    Args:
+      dense: projections that define the attention.
+      fit: ``x`` and ``x0``, inputs of the pruned and the dense projections.
+      rope: inverse frequencies, or ``None``.
+      settings: static choices.
+      wv: value projection; with ``wo``, the output counts too.
+      wo: output projection.
+    """
+    outputs = None
+    if wv is not None and wo is not None and settings.output_weight:
+        outputs = output_maps(fit["x0"], wv, wo, settings.output_weight)
+    sample_errors = partial(_sample_errors, dense, rope, outputs, settings)
+    felt = column_sensitivity(
+        lambda weights, batch: jnp.mean(sample_errors(weights, batch)),
+        dense,
+        fit,
+        batch_size=settings.batch_size,
+    )
+    norms = feature_norms(fit["x"])
+    if not settings.columns_compete:
+        even = tuple(Importance(norms, jnp.ones_like(s)) for s in felt)
+        return QueryKeyContext(rope, outputs, (even[0], even[1]))
+    return QueryKeyContext(
+        rope,
+        outputs,
+        (importance(dense[0], norms, felt[0]), importance(dense[1], norms, felt[1])),
+    )
+
+
+def _group(settings: QueryKeySettings) -> Group:
+    return "matrix" if settings.columns_compete else "output"
+
+
+def query_key_descent(
+    dense: Projections, fit: PyTree, context: QueryKeyContext, settings: QueryKeySettings
+) -> Descent:
+    """The descent of ``prune_query_key``, ready to run.
+
+    Args:
+      dense: projections that define the attention.
+      fit: ``x`` and ``x0``, inputs of the pruned and the dense projections, ``[b, n, d]``.
+      context: of ``query_key_context``.
+      settings: static choices.
+    """
+    del fit
+    sample_errors = partial(_sample_errors, dense, context.rope, context.outputs, settings)
+
+    def objective(weights: Projections, batch: PyTree) -> Float[Array, ""]:
+        return jnp.mean(sample_errors(weights, batch))
+
+    def rank(weights: Projections) -> PyTree:
+        return tuple(i.score(w) for w, i in zip(weights, context.importance, strict=True))
+
+    steps, group = settings.steps, _group(settings)
+    if settings.refit:
+        return gradual_descent(
+            objective,
+            dense,
+            settings.sparsity,
+            rank=rank,
+            group=group,
+            steps=steps,
+            learning_rate=settings.learning_rate,
+            pull=0.0,
+            batch_size=settings.batch_size,
+            tightened=settings.tightened,
+            sample_errors=sample_errors,
+        )
+    decay = optax.cosine_decay_schedule(settings.mask_learning_rate, max(steps, 1))
+    return Descent(
+        objective=objective,
+        relaxation=straight_through(
+            settings.sparsity, rank=rank, schedule=cubic_sparsity(max(steps, 1)), group=group
+        ),
+        optimizer=optax.adam(decay),
+        sparsity=settings.sparsity,
+        steps=steps,
+        batch_size=settings.batch_size,
+        sample_errors=sample_errors,
+    )
+
+
+@partial(jax.jit, static_argnames="settings")
+def head_errors(
+    x: Float[Array, "b n d"],
+    weights: Projections,
+    x0: Float[Array, "b n d"],
+    dense: Projections,
+    rope: Float[Array, " f"] | None,
+    settings: QueryKeySettings,
+) -> tuple[Float[Array, " h"], Float[Array, " h"]]:
+    """Squared error and energy of every query head's attention matrices, summed over sequences.
+
+    Their quotient is the relative error of the head.
+
+    Args:
+      x: inputs of the pruned projections.
+      weights: pruned ``wq`` and ``wk``, heads flattened.
+      x0: inputs of the dense projections.
+      dense: dense ``wq`` and ``wk``.
+      rope: inverse frequencies, or ``None``.
+      settings: heads and scale.
+    """
+
+    def one(sequence: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, x0 = sequence
+        found = queries_and_keys(x, weights, rope, settings)
+        target = queries_and_keys(x0, dense, rope, settings)
+        errors = over_mesh(row_errors, "heads")(*found, *target)
+        return tuple(a.sum(axis=-1).reshape(-1) for a in errors)
+
+    error, energy = jax.lax.map(one, (x, x0))
+    return error.sum(axis=0), energy.sum(axis=0)

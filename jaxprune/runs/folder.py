@@ -1,0 +1,330 @@
+"""One folder per run: configuration, environment, metrics, figures; resumable, never mixed.
+
+A run is a list of named *parts*, each of which yields rows of metrics. A finished part is one
+file; an interrupted run loses at most the part that was being computed, and a resumed run
+recomputes nothing else, so it ends with the same rows as an uninterrupted one.
+
+The folder holds what is needed to repeat the run: its configuration, versions, and hashes of the
+files it read. ``differences`` compares a repetition with the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import filelock
+import jax
+import numpy as np
+import pandas as pd
+
+from jaxprune.errors import InputError
+from jaxprune.sharding import agreed, by_writer, is_writer
+
+_RECORDED_PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the configuration: versions, device, command."""
+    device = jax.devices()[0]
+    versions = {}
+    for package in _RECORDED_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "device_count": jax.device_count(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def configuration(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain JSON values, without where and whether it goes on."""
+    fields = dataclasses.asdict(config)
+    for where in ("out", "resume", "repeat", "mesh", "coordinator", "processes", "process"):
+        fields.pop(where, None)
+    return cast(dict[str, Any], json.loads(json.dumps(fields, default=str)))
+
+
+class RunFolder:
+    """The folder of one run, held by one run at a time, of which process 0 writes.
+
+    Use as a context manager::
+
+        with RunFolder(out, config, resume=True) as run:
+            rows = run.part("k16", lambda: compute(...))   # computed once, then read back
+            run.write_metrics(rows)
+
+    Where wrong input only shows while a new run is under way (``InputError`` in the block), the
+    folder is taken away again: nothing in it could be continued.
+
+    Raises:
+      InputError: the folder cannot be written, holds another run (other settings or inputs, or the
+        same ones without ``resume``), or is in use by another process; or ``config.repeat`` names a
+        run that had other inputs.
+
+    Args:
+      out: the folder.
+      config: dataclass of settings.
+      resume: go on with the run that is there.
+      inputs: flag to ``hashes`` of what it names; kept with the run.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: Any,
+        *,
+        resume: bool = False,
+        inputs: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        self.path = Path(out)
+        self.inputs = {flag: dict(files) for flag, files in (inputs or {}).items()}
+        self._config = configuration(config)
+        self._resume = resume
+        self._repeats: Path | None = getattr(config, "repeat", None)
+
+    def __enter__(self) -> RunFolder:
+        by_writer(self._open)
+        return self
+
+    def _open(self) -> None:
+        self._fresh = not (self.path.is_dir() and any(self.path.iterdir()))
+        self._check_whose()
+        self._made = [p for p in self.path.absolute().parents if not p.exists()]
+        check_writable(self.path)
+        self._lock = filelock.FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(f"--out {self.path}: another run is writing there") from None
+        try:
+            self._claim()
+        except BaseException as error:
+            self._close(type(error))
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if is_writer():
+            self._close(kind)
+
+    def _close(self, kind: type[BaseException] | None) -> None:
+        if self._fresh and kind is not None and issubclass(kind, InputError):
+            shutil.rmtree(self.path, ignore_errors=True)
+            for parent in self._made:  # innermost first
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+        self._lock.release()
+
+    def _check_whose(self) -> None:
+        """Raise ``InputError`` where files are that no run, nor a beginning of one, left there.
+
+        ``config.json`` is written last: parts without it could be of any run.
+        """
+        if self._fresh or ((self.path / "config.json").exists() and self._parts.is_dir()):
+            return
+        left = {file.name for file in self.path.iterdir() if ".partial" not in file.name}
+        if self._parts.is_dir() and not any(self._parts.iterdir()):
+            left.discard("parts")
+        others = sorted(left - {".lock", "environment.json", "inputs.json"})
+        if others:
+            raise InputError(
+                f"--out {self.path}: holds {others[0]}, but not a whole run; choose a new or an "
+                "empty folder"
+            )
+
+    def _claim(self) -> None:
+        settings, inputs = self.path / "config.json", self.path / "inputs.json"
+        if self._repeats is not None:
+            _check_inputs(recorded(self._repeats).inputs, self.inputs, f"--repeat {self._repeats}")
+        if settings.exists():
+            there = read_json(settings)
+            if not self._resume:
+                raise InputError(
+                    f"--out {self.path} holds a run already; --resume continues it, "
+                    "another --out starts anew"
+                )
+            differing = sorted(
+                key
+                for key in there.keys() | self._config.keys()
+                if there.get(key) != self._config.get(key)
+            )
+            if differing:
+                key = differing[0]
+                raise InputError(
+                    f"--out {self.path} holds a run with --{key.replace('_', '-')} "
+                    f"{there.get(key)}, not {self._config.get(key)}; choose another --out"
+                )
+            if inputs.exists():
+                _check_inputs(read_json(inputs), self.inputs, f"--out {self.path}")
+        self._parts.mkdir(exist_ok=True)
+        write_json(self.path / "environment.json", environment())
+        write_json(inputs, self.inputs)
+        write_json(settings, self._config)
+
+    @property
+    def _parts(self) -> Path:
+        return self.path / "parts"
+
+    @property
+    def figures(self) -> Path:
+        """Where figures go."""
+        folder = self.path / "figures"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def finished(self, name: str) -> bool:
+        """Whether the part ``name`` needs no more computing."""
+        return (self._parts / f"{name}.json").exists()
+
+    def part(self, name: str, compute: Callable[[], Sequence[dict[str, Any]]]) -> list[dict]:
+        """Rows of the part ``name``: read back where finished, else computed and kept.
+
+        A digest of the rows, and of arrays in ``part_file``, is kept with them.
+
+        Raises:
+          InputError: what was kept is not what was written.
+        """
+        file = self._parts / f"{name}.json"
+        if not agreed(file.exists()):
+            rows = list(compute())
+            by_writer(lambda: write_json(file, self._with_digest(name, rows)))
+        return cast(list[dict], self._read_part(name)["rows"])
+
+    def _with_digest(self, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        arrays = self.part_file(name)
+        content = {
+            "arrays": hashes([arrays])[arrays.name] if arrays.exists() else None,
+            "rows": json.loads(json.dumps(rows, default=str)),
+        }
+        return {"sha256": _digest(name, content), **content}
+
+    def _read_part(self, name: str) -> dict[str, Any]:
+        file = self._parts / f"{name}.json"
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            kept = None
+        if isinstance(kept, list):
+            raise InputError(
+                f"{file}: has no digest, so it is damaged or an older version's; delete the folder "
+                f"{self.path}, and begin anew"
+            )
+        if isinstance(kept, dict) and kept.keys() == {"sha256", "arrays", "rows"}:
+            digest = kept.pop("sha256")
+            if digest == _digest(name, kept):
+                return cast(dict[str, Any], kept)
+        raise InputError(
+            f"{file}: damaged, or changed since it was written; delete it, and --resume computes "
+            "it anew"
+        )
+
+    def part_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """What a finished part keeps in ``part_file``.
+
+        Raises:
+          InputError: it is not what was written with the rows.
+        """
+        file, rows = self.part_file(name), self._parts / f"{name}.json"
+        digest = self._read_part(name)["arrays"]
+        arrays = read_arrays(file, f"delete {rows} too, and --resume computes both anew")
+        if hashes([file])[file.name] != digest:
+            raise InputError(
+                f"{file}: changed since it was written; delete it and {rows}, and --resume "
+                "computes both anew"
+            )
+        return arrays
+
+    def remove(self) -> None:
+        """Delete the folder, where it only held what a finished run no longer needs.
+
+        Parts first, so that a run killed here is begun anew, not taken for damaged.
+        """
+
+        def delete() -> None:
+            for file in sorted(self._parts.glob("*.json")):
+                file.unlink()
+            shutil.rmtree(self._parts)
+            shutil.rmtree(self.path)
+
+        by_writer(delete)
+
+    def part_file(self, name: str) -> Path:
+        """Where a part may keep arrays (``.npz``) beside its rows; write them first."""
+        return self._parts / f"{name}.npz"
+
+    def write_metrics(
+        self, rows: Sequence[dict[str, Any]], columns: Columns | None = None
+    ) -> pd.DataFrame:
+        """Write ``metrics.csv``, the truth that tables and figures are drawn from.
+
+        Raises:
+          InputError: rows do not have the columns; parts were damaged.
+        """
+        if columns is not None:
+            columns.check(pd.DataFrame(rows), f"{self._parts}")
+        with replacing(self.path / "metrics.csv") as partial:
+            pd.DataFrame(rows).to_csv(partial, index=False)
+        return read_metrics(self.path)
+
+
+def _digest(name: str, content: dict[str, Any]) -> str:
+    """SHA-256 of a part's content and its name."""
+    return hashlib.sha256(json.dumps([name, content]).encode()).hexdigest()
+
+
+class Recorded(NamedTuple):
+    """What a finished run says of itself."""
+
+    configuration: dict[str, Any]
+    inputs: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def recorded(folder: Path) -> Recorded:
+    """Configuration, input hashes and environment of the run in a folder.
+
+    A pruned checkpoint has them in ``pruning.json``, a run folder in files of their own.
+
+    Raises:
+      InputError: they are not there.
+    """
+    report = Path(folder) / "pruning.json"
+    if report.is_file():
+        content = read_json(report)
+        parts = [content.get(name) for name in Recorded._fields]
+    else:
+        names = ("config.json", "inputs.json", "environment.json")
+        parts = [read_json(Path(folder) / name) for name in names]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"{report}: lacks the configuration, inputs or environment of the run")
+    return Recorded(*cast(list[dict], parts))
+
+
+def _check_inputs(there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:
+    """Raise ``InputError`` naming the first input that is not the one it was."""
+    for flag in sorted(there.keys() | here.keys()):
+        if there.get(flag) != here.get(flag):
+            raise InputError(
+                f"{where}: that run was begun with other files for --{flag} than those that are "
+                "there now"
+            )
+
+

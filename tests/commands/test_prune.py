@@ -1,0 +1,234 @@
+"""experiments/prune.py: every method to a checkpoint, resume, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+METHODS = ("magnitude", "wanda", "sparsegpt", "descent")
+# Query heads share key heads in this golden model.
+MODEL = "untied_gqa"
+TARGETS = {
+    "qk": ("q_proj", "k_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+@pytest.fixture(scope="module")
+def prune(script):
+    return script("prune").main
+
+
+@pytest.fixture
+def text(tmp_path):
+    words = np.random.default_rng(0).choice(["the cat", "sat", "on a mat", "and ran.\n"], 900)
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(words))
+    return file
+
+
+def flags(model, text, out, *more, distill=0):
+    fixed = ["--windows", "8", "--seqlen", "32", "--heldout", "2", "--steps", "60"]
+    fixed += ["--distill", distill]
+    named = ["--model", model, "--calibration", text, "--out", out]
+    return [str(a) for a in (*named, *fixed, *more)]
+
+
+@pytest.mark.parametrize("targets", ["qk", "all"])
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_are_exact_and_everything_else_is_untouched(
+    prune, checkpoint, text, tmp_path, method, sparsity, targets
+):
+    model, out = checkpoint(MODEL), tmp_path / "out"
+    more = ("--method", method, "--sparsity", sparsity, "--targets", targets)
+    assert prune(flags(model, text, out, *more, distill=10 * (method == "descent"))) == 0
+    before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, dense in before.items():
+        if not any(target in name for target in TARGETS[targets]):
+            assert dense.tobytes() == after[name].tobytes(), name
+            continue
+        zero = after[name] == 0
+        assert dense.dtype == after[name].dtype
+        if sparsity == "2:4":
+            assert (zero.reshape(zero.shape[0], -1, 4).sum(-1) == 2).all(), name
+        else:
+            assert zero.sum() == dense.size // 2, name
+        if method in ("magnitude", "wanda"):
+            assert (after[name][~zero] == dense[~zero]).all()
+    report = json.loads((out / "pruning.json").read_text())
+    assert all(v == 0.5 for row in report["achieved_sparsity"].values() for v in row)
+    assert {"calibration_error", "heldout_error", "layer", "head"} <= report["attention_error"][
+        0
+    ].keys()
+    assert (out / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    masks = np.load(out / "keep_masks.npz")
+    first = masks["0.wq"].T
+    assert (after["model.layers.0.self_attn.q_proj.weight"][~first] == 0).all()
+    for name in ("tokenizer.json", "summary.png", "summary.svg", "metrics.csv"):
+        assert (out / name).stat().st_size > 0
+    assert [p.name for p in tmp_path.glob(".out*")] == []
+
+
+def test_a_mask_alone_leaves_kept_weights_as_they_were(prune, checkpoint, text, tmp_path):
+    model, out = checkpoint(MODEL), tmp_path / "out"
+    assert prune(flags(model, text, out, "--no-refit")) == 0
+    before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    kept = after[name] != 0
+    assert kept.sum() == kept.size // 2
+    assert (after[name][kept] == before[name][kept]).all()
+
+
+@pytest.mark.parametrize("targets", ["qk", "all"])
+def test_interrupted_anywhere_then_resumed_gives_the_same_bits(
+    prune, checkpoint, text, tmp_path, monkeypatch, targets
+):
+    from jaxprune.pipeline import model as pipeline
+
+    model = checkpoint(MODEL)
+    assert prune(flags(model, text, tmp_path / "whole", "--targets", targets, distill=60)) == 0
+    save, left = pipeline._Work.save, [0]
+
+    def interrupted(work, state, trace):
+        save(work, state, trace)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline._Work, "save", interrupted)
+    arguments = flags(model, text, tmp_path / "parts", "--targets", targets, "--resume", distill=60)
+    # In the first block, at the end of the second, in the distillation.
+    for chunks in (1, 3, 1):
+        left[0] = chunks
+        assert prune(arguments) == 130
+        assert not (tmp_path / "parts").exists()
+    left[0] = -1
+    assert prune(arguments) == 0
+    whole, parts = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")
+    )
+    assert whole == parts
+    # Once more: there is nothing left to do.
+    assert prune(arguments) == 0
+
+
+def test_a_state_of_something_else_is_refused(
+    prune, checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    from jaxprune.pipeline import model as pipeline
+
+    save = pipeline._Work.save
+
+    def interrupted(work, state, trace):
+        save(work, state, trace)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline._Work, "save", interrupted)
+    arguments = flags(checkpoint(MODEL), text, tmp_path / "out", "--resume")
+    assert prune(arguments) == 130
+    (state,) = tmp_path.glob(".out.work/parts/*-state.npz")
+    np.savez(state, other=np.zeros(3))
+    capsys.readouterr()
+    assert prune(arguments) == 2
+    assert f"{state}: not the state of this descent" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
+    """All in processes of their own: this one compiles with fewer passes."""
+    model = checkpoint(MODEL)
+
+    def start(name):
+        more = ("--steps", "400", "--resume")
+        arguments = flags(model, text, tmp_path / name, *more, distill=100)
+        command = [sys.executable, str(REPOSITORY / "experiments" / "prune.py"), *arguments]
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+
+    assert start("whole").wait() == 0
+    for pause in (6.0, 7.5):
+        process = start("killed")
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start("killed").wait() == 0
+    whole, killed = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")
+    )
+    assert whole == killed
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--sparsity", "1.5"), "--sparsity"),
+        (("--sparsity", "2:0"), "--sparsity"),
+        (("--sparsity", "3:5"), "--sparsity"),
+        (("--method", "obs"), "--method obs"),
+        (("--targets", "mlp"), "--targets mlp"),
+        (("--no-refit", "--method", "wanda"), "--no-refit"),
+        (("--distill", "5", "--method", "wanda"), "--distill"),
+        (("--distill", "5", "--no-refit"), "--distill"),
+        (("--distill", "-1"), "--distill"),
+        (("--steps", "0"), "--steps"),
+        (("--batch", "0"), "--batch"),
+        (("--windows", "9999"), "needs"),
+        (("--calibration", "/nowhere.txt"), "nowhere"),
+        (("--model", "/nowhere"), "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line_before_any_work(
+    prune, checkpoint, text, tmp_path, capsys, more, named
+):
+    out = tmp_path / "out"
+    assert prune(flags(checkpoint(MODEL), text, out, *more)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert named in lines[0]
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_existing_output_and_another_runs_work_are_refused(
+    prune, checkpoint, text, tmp_path, capsys
+):
+    model, out = checkpoint(MODEL), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    assert prune(flags(model, text, out)) == 2
+    assert "--out" in capsys.readouterr().err
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_a_bfloat16_model_gives_nearly_the_same_masks(prune, checkpoint, text, tmp_path):
+    model = checkpoint(MODEL)
+    for dtype in ("float32", "bfloat16"):
+        assert prune(flags(model, text, tmp_path / dtype, "--dtype", dtype)) == 0
+    masks = [np.load(tmp_path / dtype / "keep_masks.npz") for dtype in ("float32", "bfloat16")]
+    for name in masks[0].files:
+        assert masks[0][name].sum() == masks[1][name].sum()
+        assert (masks[0][name] == masks[1][name]).mean() > 0.8
+    weights = [
+        load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float32", "bfloat16")
+    ]
+    # Whatever was not pruned is the source's to the bit, though the model ran in bfloat16.
+    for name, dense in weights[0].items():
+        if not any(target in name for target in TARGETS["qk"]):
+            assert dense.tobytes() == weights[1][name].tobytes()
+
+
+def test_an_unknown_dtype_is_refused(prune, checkpoint, text, tmp_path, capsys):
+    assert prune(flags(checkpoint(MODEL), text, tmp_path / "out", "--dtype", "float16")) == 2
+    assert "--dtype float16" in capsys.readouterr().err

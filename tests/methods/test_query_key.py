@@ -1,0 +1,206 @@
+"""W_Q and W_K on the attention matrices of a layer: positions, grouped heads, exact counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import attention_matrix
+from jaxprune.baselines import magnitude, wanda
+from jaxprune.errors import InputError
+from jaxprune.methods.query_key import (
+    QueryKeySettings,
+    head_errors,
+    output_maps,
+    prune_query_key,
+    queries_and_keys,
+    query_key_context,
+    query_key_descent,
+)
+from jaxprune.sparsity import Sparsity
+
+D, HEADS, GROUPS, WIDTH, N = 16, 4, 2, 4, 12
+ROPE = 10000.0 ** -jnp.linspace(0, 1, WIDTH // 2)
+SETTINGS = QueryKeySettings(HEADS, GROUPS, WIDTH**-0.5, Sparsity(0.5))
+
+
+def layer(key, sequences=16, dtype=jnp.float32):
+    """Correlated activations, as real ones are."""
+    keys = jax.random.split(key, 4)
+    colour = jnp.arange(1, D + 1.0)[:, None] ** -1.25 * jax.random.orthogonal(keys[3], D)
+    x = jax.random.normal(keys[0], (sequences, N, D)) @ colour
+    wq = jax.random.normal(keys[1], (D, HEADS, WIDTH))
+    wk = jax.random.normal(keys[2], (D, GROUPS, WIDTH))
+    return x.astype(dtype), wq.astype(dtype), wk.astype(dtype)
+
+
+def flat(*weights):
+    return tuple(w.reshape(D, -1) for w in weights)
+
+
+def test_logits_rotate_by_distance_and_heads_share_keys(key, x64):
+    x, wq, wk = layer(key, 2, jnp.float64)
+    half, rope = WIDTH // 2, ROPE.astype(jnp.float64)
+    q, k = queries_and_keys(x, flat(wq, wk), rope, SETTINGS)
+    found = jnp.einsum("bgrnk,bgrmk->bgrnm", q, jnp.broadcast_to(k, q.shape))
+    for head in range(HEADS):
+        a, b = x[1] @ wq[:, head], x[1] @ wk[:, head // 2]
+        expected = np.zeros((N, N))
+        for f in range(half):
+            # A pair of components as one complex number, turned by θ times the distance.
+            qc, kc = a[:, f] + 1j * a[:, f + half], b[:, f] + 1j * b[:, f + half]
+            angle = rope[f] * (jnp.arange(N)[:, None] - jnp.arange(N))
+            expected += np.real(qc[:, None] * jnp.conj(kc) * jnp.exp(1j * angle))
+        np.testing.assert_allclose(
+            found[1, head // 2, head % 2], expected / np.sqrt(WIDTH), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_without_positions_a_head_is_its_fused_matrix(key, x64):
+    x, wq, wk = layer(key, 3, jnp.float64)
+    half = (0.5 * wq, wk)
+    error, energy = head_errors(x, flat(*half), x, flat(wq, wk), None, SETTINGS)
+    for head in range(HEADS):
+        w = wq[:, head] @ wk[:, head // 2].T / np.sqrt(WIDTH)
+        dense = attention_matrix(x, w)
+        np.testing.assert_allclose(energy[head], jnp.sum(dense**2), rtol=1e-9)
+        np.testing.assert_allclose(
+            error[head], jnp.sum((attention_matrix(x, w / 2) - dense) ** 2), rtol=1e-9
+        )
+
+
+@pytest.mark.parametrize("sparsity", ["0.3", "0.5", "2:4", "0", "1"])
+@pytest.mark.parametrize("refit", [True, False])
+def test_counts_are_exact_and_dropped_weights_are_zero(key, sparsity, refit):
+    x, wq, wk = layer(key)
+    found = prune_query_key(x, wq, wk, sparsity, rope=ROPE, steps=20, refit=refit)
+    for weight, kept, dense in ((found.wq, found.keep_q, wq), (found.wk, found.keep_k, wk)):
+        assert (~kept).sum() == Sparsity.parse(sparsity).drop_count(dense.size)
+        assert not weight[~kept].any()
+        if not refit:
+            assert (weight[kept] == dense[kept]).all()
+        if sparsity == "2:4":
+            assert (kept.reshape(D // 4, 4, -1).sum(1) == 2).all()
+
+
+def test_descent_beats_its_ranking_and_the_baselines_on_fresh_sequences(key):
+    x, wq, wk = layer(key, 48)
+    fresh, fit = x[:16], x[16:]
+    found = prune_query_key(fit, wq, wk, "0.5", rope=ROPE, steps=200)
+    ranking = prune_query_key(fit, wq, wk, "0.5", rope=ROPE, steps=0)
+    dense = flat(wq, wk)
+    rivals = {
+        "ranking": flat(ranking.wq, ranking.wk),
+        "wanda": tuple(wanda(fit, w, "0.5").weight for w in dense),
+        "magnitude": tuple(magnitude(w, "0.5").weight for w in dense),
+    }
+
+    def error(weights):
+        error, energy = head_errors(fresh, weights, fresh, dense, ROPE, SETTINGS)
+        return float(error.sum() / energy.sum())
+
+    ours = error(flat(found.wq, found.wk))
+    for name, weights in rivals.items():
+        assert ours < 0.5 * error(weights), name
+
+
+def test_sensitivity_finds_the_column_that_attention_does_not_feel(key):
+    """A component whose key is zero can be dropped from the query for nothing."""
+    x, wq, wk = layer(key)
+    silent = wk.at[:, 0, 1].set(0)
+    context = query_key_context(flat(wq, silent), {"x": x, "x0": x}, None, SETTINGS)
+    importance = context.importance[0].score(wq.reshape(D, -1)).reshape(wq.shape).max(axis=0)
+    others = jnp.delete(importance.reshape(-1), jnp.array([1, 5]))
+    assert importance[:2, 1].max() < 0.3 * jnp.median(others)
+
+
+def test_output_maps_give_the_error_of_each_heads_output(key, x64):
+    """Up to one factor, and with no n-wide or d-wide intermediate, ‖C x W_V W_O‖."""
+    x = layer(key, 3, jnp.float64)[0]
+    keys = jax.random.split(key, 3)
+    wv = jax.random.normal(keys[0], (D, GROUPS, WIDTH), jnp.float64)
+    wo = jax.random.normal(keys[1], (HEADS, WIDTH, D), jnp.float64)
+    maps = output_maps(x, wv, wo, 1.0)
+    difference = jax.random.normal(keys[2], (N, N), jnp.float64)
+    expected = [
+        np.linalg.norm(difference @ x[0] @ wv[:, head // 2] @ wo[head]) for head in range(HEADS)
+    ]
+    found = [np.linalg.norm(difference @ x[0] @ maps[:, head]) for head in range(HEADS)]
+    np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-9)
+    # Two random tokens differ by twice the variance, as do two rows that see one token each.
+    tokens = x.reshape(-1, D)
+    outputs = jnp.einsum("td,dhv->thv", tokens - tokens.mean(axis=0), maps)
+    np.testing.assert_allclose((outputs**2).sum(axis=(1, 2)).mean() / HEADS, 1, rtol=1e-9)
+    np.testing.assert_allclose(output_maps(x, 3 * wv, wo, 4.0), 2 * maps, rtol=1e-9)
+
+
+def test_the_output_counts_where_values_are_given(key, x64, unchecked):
+    x, wq, wk = layer(key, 4, jnp.float64)
+    wv = jax.random.normal(key, (D, GROUPS, WIDTH), jnp.float64)
+    wo = jax.random.normal(jax.random.fold_in(key, 1), (HEADS, WIDTH, D), jnp.float64)
+    dense, pruned, rope = flat(wq, wk), flat(0.5 * wq, wk), ROPE.astype(jnp.float64)
+
+    def matrices(weights):
+        q, k = queries_and_keys(x, weights, rope, SETTINGS)
+        logits = jnp.einsum("bgrnk,bgxmk->bgrnm", q, k).reshape(-1, HEADS, N, N)
+        return jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((N, N))) > 0, logits, -jnp.inf))
+
+    difference = matrices(pruned) - matrices(dense)
+    outputs = jnp.einsum("bnd,dhk,hke->bhne", x, jnp.repeat(wv, 2, axis=1), wo)
+    spread = ((outputs - outputs.mean(axis=(0, 2), keepdims=True)) ** 2).sum(axis=-1).mean()
+    expected = 0.5 * (difference**2).sum() + ((difference @ outputs) ** 2).sum() / spread
+
+    settings, data = SETTINGS._replace(output_weight=2.0), {"x": x, "x0": x}
+    context = query_key_context(dense, data, rope, settings, wv, wo)
+    descent = query_key_descent(dense, data, context, settings)
+    np.testing.assert_allclose(descent.objective(pruned, data), expected / 4, rtol=1e-9)
+
+    with pytest.raises(InputError, match="wv and wo"):
+        prune_query_key(x, wq, wk, "0.6", rope=ROPE, wv=wv)
+    with pytest.raises(InputError, match=r"wv \(16, 2, 4\)"):
+        prune_query_key(x, wq, wk, "0.6", rope=ROPE, wv=wv, wo=wo[:2])
+
+
+def test_vmap_over_layers_equals_one_at_a_time(key):
+    layers = [layer(k) for k in jax.random.split(key, 2)]
+    x, wq, wk = (jnp.stack(a) for a in zip(*layers, strict=True))
+
+    def one(x, wq, wk):
+        return prune_query_key(x, wq, wk, "0.5", rope=ROPE, steps=10)
+
+    mapped = jax.vmap(one)(x, wq, wk)
+    for i in range(2):
+        alone = one(x[i], wq[i], wk[i])
+        assert (mapped.keep_q[i] == alone.keep_q).mean() > 0.97
+        np.testing.assert_allclose(
+            mapped.calibration_error[i], alone.calibration_error, rtol=0.05, atol=1e-3
+        )
+
+
+def test_same_key_same_descent_and_another_key_another(key):
+    x, wq, wk = layer(key, 32)
+
+    def run(seed):
+        found = prune_query_key(x, wq, wk, "0.5", rope=ROPE, steps=10, key=jax.random.key(seed))
+        return found.trace.loss
+
+    assert (run(1) == run(1)).all()
+    assert (run(1) != run(2)).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"wk": jnp.ones((D, 3, WIDTH))}, "wk"),
+        ({"wq": jnp.ones((D + 1, HEADS, WIDTH))}, "wq"),
+        ({"rope": jnp.ones(WIDTH)}, "rope"),
+        ({"x": jnp.full((4, N, D), jnp.nan)}, "x holds"),
+        ({"sparsity": "3:5"}, "do not divide the 16 inputs"),
+        ({"preset": "paper"}, "preset 'paper'"),
+    ],
+)
+def test_wrong_input_is_named(unchecked, key, changes, named):
+    x, wq, wk = layer(key, 4)
+    arguments = {"x": x, "wq": wq, "wk": wk, "sparsity": "0.5", "rope": ROPE} | changes
+    with pytest.raises(ValueError, match=named):
+        prune_query_key(**arguments)
