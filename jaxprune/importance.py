@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxprune.attention import accumulation_dtype
+
 # Relative noise, draws, and the power with which sensitivity enters the ranking.
 _NOISE = 0.1
 _DRAWS = 32

@@ -119,7 +119,7 @@ def outcome(mutant: Mutant | None, tests: list[str]) -> int:
     """Exit status of pytest on a copy of the package with the change, if any."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
-        for part in ("jaxprune", "experiments", "tests"):
+        for part in ("jaxprune", "experiments", "tools", "tests"):
             shutil.copytree(
                 REPOSITORY / part, copy / part, ignore=shutil.ignore_patterns("__pycache__")
             )

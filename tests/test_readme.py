@@ -24,12 +24,12 @@ def blocks(text, language):
 def commands(text):
     """Commands in code blocks, and those in backquotes that are no patterns of a command."""
     lines = "".join(blocks(text, "sh")).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`((?:python experiments/|make )[^`\[]*)`", text)
+    lines += re.findall(r"`((?:python experiments/|python tools/|make )[^`\[]*)`", text)
     return [shlex.split(line, comments=True) for line in lines]
 
 
 def called(word):
-    """Scripts of experiments/ with their flags, on any page."""
+    """Scripts with their flags, on any page."""
     for page, text in PAGES.items():
         for command in commands(text):
             scripts = [c for c in command if re.fullmatch(word, c)]
@@ -74,7 +74,7 @@ def test_the_checkpoint_of_the_example_is_written(printed):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names["files"])
 
 
-@pytest.mark.parametrize(("path", "flags"), list(called(r"experiments/\w+\.py")))
+@pytest.mark.parametrize(("path", "flags"), list(called(r"(?:experiments|tools)/\w+\.py")))
 def test_commands_have_flags_that_exist(script, path, flags):
     module = script(Path(path).stem)
     config = getattr(module, CONFIGS.get(Path(path).stem, "Config"))
@@ -104,11 +104,15 @@ def test_links_lead_to_files(page):
             assert ((REPOSITORY / page).parent / link).exists(), link
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "experiments").glob("*.py")), ids=str)
+SCRIPTS = [p for name in ("experiments", "tools") for p in sorted((REPOSITORY / name).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_help_of_every_script_has_an_example(path, script, capsys, monkeypatch):
     if path.stem == "torch_forms":  # a module of benchmark.py
         return
     monkeypatch.syspath_prepend(path.parent)  # as when it is run
     with pytest.raises(SystemExit):
         script(path.stem).main(["--help"])
-    assert f"experiments/{path.name} " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{path.parent.name}/{path.name} " in shown or "Example: jaxprune " in shown

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxprune.attention import accumulation_dtype
 from jaxprune.baselines.linear import PrunedLinear, check_linear, prune_by_score
+from jaxprune.importance import feature_norms
 from jaxprune.sparsity import Group, Sparsity
 
 

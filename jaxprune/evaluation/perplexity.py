@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from jaxprune.errors import InputError
+from jaxprune.models.llama.losses import window_divergences, window_losses
 from jaxprune.models.llama.modeling import Llama, Tokens
 from jaxprune.text.windows import Windows
 

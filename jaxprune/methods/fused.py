@@ -31,6 +31,7 @@ from jaxprune.descent.gradual import gradual_descent, split_axis, split_sequence
 from jaxprune.descent.loop import Descent, DescentResult, Trace, descend
 from jaxprune.descent.relaxations import none
 from jaxprune.errors import InputError
+from jaxprune.importance import fused_ranking
 from jaxprune.objective import fused_error
 from jaxprune.sparsity import Sparsity
 

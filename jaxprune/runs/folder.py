@@ -31,7 +31,16 @@ import numpy as np
 import pandas as pd
 
 from jaxprune.errors import InputError
+from jaxprune.runs.metrics import Columns, read_metrics
 from jaxprune.sharding import agreed, by_writer, is_writer
+from jaxprune.storage import (
+    check_writable,
+    hashes,
+    read_arrays,
+    read_json,
+    replacing,
+    write_json,
+)
 
 _RECORDED_PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors")
 

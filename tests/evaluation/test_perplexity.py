@@ -15,7 +15,7 @@ from jaxprune.models.zoo import ZOO
 from jaxprune.text import windows as data
 from jaxprune.text.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def windows_of(tokens):

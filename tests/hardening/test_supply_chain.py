@@ -10,7 +10,11 @@ import mutants
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-SOURCES = [f for folder in ("jaxprune", "experiments") for f in (REPOSITORY / folder).rglob("*.py")]
+SOURCES = [
+    f
+    for folder in ("jaxprune", "experiments", "tools")
+    for f in (REPOSITORY / folder).rglob("*.py")
+]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 
 

@@ -10,7 +10,7 @@ from jaxprune.errors import InputError
 from jaxprune.models import llama
 from jaxprune.models.llama import activations as calibration
 
-MODEL = Path(__file__).parent / "golden" / "one_kv_head"
+MODEL = Path(__file__).parents[1] / "golden" / "one_kv_head"
 TOKENS = np.random.default_rng(0).integers(0, 40, (5, 12)).astype(np.int32)
 
 

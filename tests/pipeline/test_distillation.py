@@ -7,6 +7,7 @@ import pytest
 
 from jaxprune.descent.loop import descend
 from jaxprune.models import llama
+from jaxprune.models.llama.losses import window_divergences
 from jaxprune.pipeline.distillation import (
     DistillationContext,
     DistillationSettings,

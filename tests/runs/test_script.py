@@ -129,7 +129,7 @@ def test_a_second_interruption_does_not_disturb_the_exit(tmp_path):
     code = """
 import atexit, os, signal, sys, time
 from dataclasses import dataclass
-from jaxprune.cli import run_script
+from jaxprune.runs.script import run_script
 
 @dataclass(frozen=True)
 class Config:

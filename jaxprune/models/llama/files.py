@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxprune import hub
 from jaxprune.errors import InputError
+from jaxprune.models.zoo import ZOO
 from jaxprune.storage import hashes, read_json
 
 SINGLE_FILE = "model.safetensors"
