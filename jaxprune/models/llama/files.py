@@ -70,7 +70,9 @@ def locate(model: str | Path) -> Path:
         )
     if isinstance(model, str) and hub.is_repository(model):
         return hub.fetch_model(model, [*_CARRIED, "*.safetensors"])
-    raise InputError(f"{model}: no such folder; give zoo, a folder, or owner/name on the hub")
+    raise InputError(
+        f"{model}: no such folder; give zoo, a folder, a .gguf, or owner/name on the hub"
+    )
 
 
 class StoredTensor(NamedTuple):
