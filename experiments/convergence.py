@@ -85,7 +85,7 @@ class Config:
     step: str = "curvature"
     """step size η: certified, curvature, backtracking, or a number"""
     model: str = "zoo"
-    """heads of a model: zoo, a Hugging Face folder, owner/name on the hub; none leaves them out"""
+    """heads of a model: zoo, a folder, a .gguf, owner/name on the hub; none leaves them out"""
     calibration: str = "zoo"
     """text whose first window the model's heads see: zoo, a file, c4, wikitext2"""
     seqlen: int = 64

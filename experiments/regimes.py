@@ -69,7 +69,7 @@ class Config:
     """
 
     model: str = "zoo"
-    """zoo, a Hugging Face folder, or owner/name on the hub"""
+    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub"""
     calibration: str = "zoo"
     """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2"""
     logits_std: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)

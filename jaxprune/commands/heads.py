@@ -69,7 +69,7 @@ class Config:
     """
 
     model: str | None = None
-    """zoo, a Hugging Face folder, or owner/name on the hub"""
+    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub"""
     calibration: str = "zoo"
     """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper"""
     windows: int | None = None

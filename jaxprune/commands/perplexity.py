@@ -25,7 +25,7 @@ class PerplexityConfig:
     """
 
     model: str = "zoo"
-    """zoo, a Hugging Face folder, or owner/name on the hub."""
+    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub."""
     text: str = "zoo"
     """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper."""
     seqlen: int | None = None

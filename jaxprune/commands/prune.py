@@ -56,7 +56,7 @@ class Config:
     out: Path
     """folder of the new checkpoint; must not exist"""
     model: str = "zoo"
-    """zoo, a Hugging Face folder, or owner/name on the hub"""
+    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub"""
     calibration: str = "zoo"
     """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper"""
     windows: int | None = None

@@ -87,7 +87,7 @@ def from_model(
     Hidden states of both sets of windows go from block to block; those of one layer are held.
 
     Args:
-      model: ``zoo``, a Hugging Face folder, or a repository of the hub.
+      model: ``zoo``, a Hugging Face folder, a GGUF file, or a repository of the hub.
       calibration: text, see ``data.calibration_windows``, as are the next three.
       windows: to calibrate on.
       seqlen: tokens of a window.

@@ -51,7 +51,8 @@ def required(text):
 def test_every_dependency_has_a_lower_bound_and_an_exact_version():
     project = PROJECT["project"]
     # What tests install; other extras are for comparisons with other software.
-    groups = [project["dependencies"], project["optional-dependencies"]["hub"]]
+    extras = project["optional-dependencies"]
+    groups = [project["dependencies"], extras["hub"], extras["gguf"]]
     groups.append(PROJECT["dependency-groups"]["dev"])
     wanted = [text for group in groups for text in group if not text.startswith("jaxprune")]
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()

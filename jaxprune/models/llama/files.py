@@ -48,7 +48,8 @@ def locate(model: str | Path) -> Path:
     """The folder of a checkpoint.
 
     Args:
-      model: ``zoo`` (the embedded model), a folder, or a repository ``owner/name`` of the hub.
+      model: ``zoo`` (the embedded model), a folder, a GGUF file (converted once, see ``gguf``),
+        or a repository ``owner/name`` of the hub.
 
     Raises:
       InputError: there is none.
@@ -58,11 +59,19 @@ def locate(model: str | Path) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
+    if folder.suffix.lower() == ".gguf":
+        from jaxprune.models.llama import gguf  # which needs this module
+
+        return gguf.converted(folder)
     if folder.exists():
-        raise InputError(f"{model}: a model is a folder with config.json, not a file")
+        raise InputError(
+            f"{model}: is not a file that holds a model; give a folder with config.json or a .gguf"
+        )
     if isinstance(model, str) and hub.is_repository(model):
         return hub.fetch_model(model, [*_CARRIED, "*.safetensors"])
-    raise InputError(f"{model}: no such folder; give zoo, a folder, or owner/name on the hub")
+    raise InputError(
+        f"{model}: no such folder; give zoo, a folder, a .gguf, or owner/name on the hub"
+    )
 
 
 class StoredTensor(NamedTuple):
