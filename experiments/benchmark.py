@@ -41,7 +41,7 @@ from matplotlib import ticker
 from tqdm import tqdm
 
 from jaxprune import baselines, softmax_error
-from jaxprune.attention import contract
+from jaxprune.attention import AttentionForm, contract
 from jaxprune.errors import InputError
 from jaxprune.methods.fused import DECAYS, algorithm1
 from jaxprune.methods.query_key import QueryKeySettings, query_key_context, query_key_descent
@@ -400,7 +400,7 @@ def llama_part(config: Config) -> list[dict[str, Any]]:
 
     @jax.jit
     def context_of(weights: tuple, data: dict) -> Any:
-        return query_key_context(weights, data, rope, settings)
+        return query_key_context(weights, data, AttentionForm(rope), settings)
 
     @partial(jax.jit, donate_argnums=0)
     def chunk(state: Any, weights: tuple, data: dict, context: Any) -> Any:

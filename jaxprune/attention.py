@@ -11,6 +11,7 @@ at least float32, also for bfloat16 inputs.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,56 @@ def rotary_embedding(
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def rms_norm(
+    x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: ArrayLike
+) -> Float[Array, "*b d"]:
+    """``scale · x / √(mean(x²) + eps)``; the quotient is taken in float32 or wider."""
+    upcast = x.astype(accumulation_dtype(x))
+    mean_square = jnp.mean(upcast**2, axis=-1, keepdims=True)
+    return scale * (upcast * lax.rsqrt(mean_square + eps)).astype(x.dtype)
+
+
+class AttentionForm(NamedTuple):
+    """What an architecture does to the outputs of ``W_Q`` and ``W_K`` before the softmax.
+
+    In this order: a bias, an RMS norm of every head, rotary positions. What is ``None`` is left
+    out. The model and the objective both go through ``queries`` and ``keys``, so that what is
+    pruned on is what the model computes.
+
+    Attributes:
+      rope: inverse frequencies ``θ_f``, radians per position; zeros turn nothing.
+      query_bias: added to the output of ``W_Q``, heads one after the other.
+      key_bias: added to the output of ``W_K``.
+      query_norm: scale of the RMS norm over the features of a query head.
+      key_norm: scale of that of a key head.
+      norm_eps: added to the mean square in these norms.
+    """
+
+    rope: Float[Array, " f"] | None = None
+    query_bias: Float[Array, " h*k"] | None = None
+    key_bias: Float[Array, " g*k"] | None = None
+    query_norm: Float[Array, " k"] | None = None
+    key_norm: Float[Array, " k"] | None = None
+    norm_eps: ArrayLike = 1e-6
+
+    def queries(self, y: Float[Array, "*b n e"], heads: int) -> Float[Array, "*b h n k"]:
+        """Query heads from the output ``y`` of ``W_Q``, without the scale of the logits."""
+        return self._heads(y, heads, self.query_bias, self.query_norm)
+
+    def keys(self, y: Float[Array, "*b n e"], heads: int) -> Float[Array, "*b g n k"]:
+        """Key heads from the output ``y`` of ``W_K``."""
+        return self._heads(y, heads, self.key_bias, self.key_norm)
+
+    def _heads(self, y: Array, heads: int, bias: Array | None, norm: Array | None) -> Array:
+        if bias is not None:
+            y = y + bias.astype(y.dtype)
+        y = y.reshape(*y.shape[:-1], heads, -1)
+        if norm is not None:
+            y = rms_norm(y, norm.astype(y.dtype), self.norm_eps)
+        y = jnp.moveaxis(y, -2, -3)
+        return y if self.rope is None else rotary_embedding(y, self.rope)
 
 
 def check_fused(x: Array, w: Array, name: str = "w") -> None:

@@ -43,8 +43,9 @@ def output(process):
 EIGHT = """
 import json
 import jax, jax.numpy as jnp, numpy as np
-from jaxprune import factored
-from jaxprune.pipeline import _advance, _movable, _start
+from jaxprune.attention import AttentionForm
+from jaxprune.methods import query_key as factored
+from jaxprune.pipeline.model import _advance, _movable, _start
 from jaxprune.sharding import split_windows, use_mesh, whole
 from jaxprune.sparsity import Sparsity
 
@@ -54,7 +55,7 @@ x = np.asarray(jax.random.normal(keys[0], (b, n, d)) * jnp.arange(1, d + 1.0) **
 wq = np.asarray(jax.random.normal(keys[1], (d, heads * k)))
 wk = np.asarray(jax.random.normal(keys[2], (d, groups * k)))
 settings = factored.QueryKeySettings(heads, groups, k**-0.5, Sparsity(0.5), steps=50)
-rope = 10000.0 ** -np.linspace(0, 1, k // 2, dtype=np.float32)
+form = AttentionForm(10000.0 ** -np.linspace(0, 1, k // 2, dtype=np.float32))
 
 
 def local_part(leaf):
@@ -64,11 +65,11 @@ def local_part(leaf):
 def everything():
     weights = _movable((jnp.asarray(wq), jnp.asarray(wk)))
     data = {name: split_windows(jnp.asarray(x)) for name in ("x", "x0")}
-    context = factored.query_key_context(weights, data, rope, settings)
+    context = factored.query_key_context(weights, data, form, settings)
     descent = factored.query_key_descent(weights, data, context, settings)
     half = jax.tree.map(lambda w: 0.5 * w, weights)
     value, gradient = jax.jit(jax.value_and_grad(descent.objective))(half, data)
-    errors = factored.head_errors(x, half, x, weights, rope, settings)
+    errors = factored.head_errors(x, half, x, weights, form, settings)
     make = factored.query_key_descent
     state = _start(make, settings, weights, data, data, context)
     parts = [[local_part(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim == 2]]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxprune.attention import attention_rows, causal_bias, contract
+from jaxprune.attention import attention_rows, causal_bias, contract, rms_norm
 from jaxprune.methods.rotary import RotaryHead, expanded_keys, expanded_queries
 from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
 from jaxprune.models.llama.losses import head_losses
@@ -23,7 +23,6 @@ from jaxprune.models.llama.modeling import (
     Tokens,
     after_attention,
     linear,
-    rms_norm,
     split_heads,
 )
 

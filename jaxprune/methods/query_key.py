@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxprune.attention import check_finite, contract, rotary_embedding, row_errors
+from jaxprune.attention import AttentionForm, check_finite, contract, row_errors
 from jaxprune.descent.gradual import gradual_descent, split_sequences
 from jaxprune.descent.loop import Descent, Trace, descend
 from jaxprune.descent.relaxations import cubic_sparsity, straight_through
@@ -105,6 +105,11 @@ def prune_query_key(
     x_dense: Float[Array, "b n d"] | None = None,
     wv: Float[Array, "d g k"] | None = None,
     wo: Float[Array, "h k d_out"] | None = None,
+    query_bias: Float[Array, "h k"] | None = None,
+    key_bias: Float[Array, "g k"] | None = None,
+    query_norm: Float[Array, " k"] | None = None,
+    key_norm: Float[Array, " k"] | None = None,
+    norm_eps: float = 1e-6,
     key: Key[Array, ""] | None = None,
 ) -> PrunedQueryKey:
     """Prune ``W_Q`` and ``W_K`` of a layer so that its attention matrices are kept.
@@ -129,6 +134,11 @@ def prune_query_key(
         if ``None``.
       wv: value projection of the layer, with ``wo``.
       wo: output projection; of both or neither. They are not pruned.
+      query_bias: added to ``x W_Q``, where the architecture has one.
+      key_bias: added to ``x W_K``.
+      query_norm: scale of the RMS norm over every query head, where the architecture has one.
+      key_norm: scale of that over every key head.
+      norm_eps: added to the mean square in these norms.
       key: randomness of the batches; ``jax.random.key(0)`` if ``None``.
 
     Raises:
@@ -141,9 +151,20 @@ def prune_query_key(
         raise InputError(f"preset {preset!r}: expected descent")
     x0 = x if x_dense is None else x_dense
     _check_layer(x, x0, wq, wk, rope)
+    form = AttentionForm(
+        rope,
+        None if query_bias is None else query_bias.reshape(-1),
+        None if key_bias is None else key_bias.reshape(-1),
+        query_norm,
+        key_norm,
+        norm_eps,
+    )
+    _check_form(wq, wk, form)
     _check_output(wq, wk, wv, wo)
     sparsity.check_divides(wq.shape[0])
     check_finite(x=x, wq=wq, wk=wk, x_dense=x_dense, rope=rope, wv=wv, wo=wo)
+    check_finite(query_bias=query_bias, key_bias=key_bias)
+    check_finite(query_norm=query_norm, key_norm=key_norm)
     settings = QueryKeySettings(
         heads=wq.shape[1],
         kv_heads=wk.shape[1],
@@ -157,7 +178,7 @@ def prune_query_key(
     if not isinstance(sparsity.ratio, jax.core.Tracer):
         prune = jax.jit(_prune, static_argnames="settings")
     key = jax.random.key(0) if key is None else key
-    return prune(x, x0, wq, wk, rope, wv, wo, key, settings=settings)
+    return prune(x, x0, wq, wk, form, wv, wo, key, settings=settings)
 
 
 def _check_layer(x: Array, x0: Array, wq: Array, wk: Array, rope: Array | None) -> None:
@@ -174,6 +195,20 @@ def _check_layer(x: Array, x0: Array, wq: Array, wk: Array, rope: Array | None) 
             f"{None if rope is None else rope.shape} do not match: expected [b, n, d] twice, "
             "[d, heads, k], [d, kv_heads, k] with kv_heads dividing heads, and [k/2]"
         )
+
+
+def _check_form(wq: Array, wk: Array, form: AttentionForm) -> None:
+    expected = {
+        "query_bias": (form.query_bias, wq.shape[1] * wq.shape[2]),
+        "key_bias": (form.key_bias, wk.shape[1] * wk.shape[2]),
+        "query_norm": (form.query_norm, wq.shape[2]),
+        "key_norm": (form.key_norm, wk.shape[2]),
+    }
+    for name, (array, size) in expected.items():
+        if array is not None and array.size != size:
+            raise InputError(
+                f"{name} has {array.size} entries, but wq {wq.shape} and wk {wk.shape} need {size}"
+            )
 
 
 def _check_output(wq: Array, wk: Array, wv: Array | None, wo: Array | None) -> None:
@@ -197,7 +232,7 @@ def _prune(
     x0: Array,
     wq: Array,
     wk: Array,
-    rope: Array | None,
+    form: AttentionForm,
     wv: Array | None,
     wo: Array | None,
     key: Array,
@@ -206,10 +241,10 @@ def _prune(
 ) -> PrunedQueryKey:
     dense = (wq.reshape(wq.shape[0], -1), wk.reshape(wk.shape[0], -1))
     fit, validation = split_sequences({"x": x, "x0": x0})
-    context = query_key_context(dense, fit, rope, settings, wv, wo)
+    context = query_key_context(dense, fit, form, settings, wv, wo)
     descent = query_key_descent(dense, fit, context, settings)
     found = descend(descent, dense, fit, key=key, validation=validation)
-    error, energy = head_errors(x, found.weights, x0, dense, rope, settings)
+    error, energy = head_errors(x, found.weights, x0, dense, form, settings)
     assert found.state.best is not None
     (pruned_q, pruned_k), (keep_q, keep_k) = found.weights, found.keep_masks
     return PrunedQueryKey(
@@ -227,7 +262,7 @@ def _prune(
 def queries_and_keys(
     x: Float[Array, "*b n d"],
     weights: Projections,
-    rope: Float[Array, " f"] | None,
+    form: AttentionForm,
     settings: QueryKeySettings,
 ) -> tuple[Float[Array, "*b g r n k"], Float[Array, "*b g 1 n k"]]:
     """Rotated queries, scale included, and keys; logits are their inner products.
@@ -235,32 +270,39 @@ def queries_and_keys(
     Args:
       x: inputs of the projections.
       weights: ``wq`` and ``wk``, heads one after the other on the output axis.
-      rope: inverse frequencies, or ``None``.
+      form: what is done to the projections' outputs before the softmax.
       settings: heads and scale.
 
     Returns:
       Query heads grouped by the key head they share; key heads with an axis to broadcast.
     """
+    y_q, y_k = (contract("...nd,de->...ne", x, w.astype(x.dtype)).astype(x.dtype) for w in weights)
+    return grouped_heads(y_q, y_k, form, settings)
 
-    def project(w: Array, *heads: int) -> Array:
-        y = contract("...nd,de->...ne", x, w.astype(x.dtype)).astype(x.dtype)
-        y = jnp.moveaxis(y.reshape(*y.shape[:-1], *heads, -1), -4, -2)
-        return y if rope is None else rotary_embedding(y, rope)
 
-    q = project(weights[0], settings.kv_heads, settings.heads // settings.kv_heads)
-    return q * settings.scale, project(weights[1], settings.kv_heads, 1)
+def grouped_heads(
+    y_q: Float[Array, "*b n e"],
+    y_k: Float[Array, "*b n f"],
+    form: AttentionForm,
+    settings: QueryKeySettings,
+) -> tuple[Float[Array, "*b g r n k"], Float[Array, "*b g 1 n k"]]:
+    """``queries_and_keys`` from the outputs of the two projections."""
+    q = form.queries(y_q, settings.heads) * settings.scale
+    k = form.keys(y_k, settings.kv_heads)
+    shared = settings.heads // settings.kv_heads
+    return q.reshape(*q.shape[:-3], settings.kv_heads, shared, *q.shape[-2:]), k[..., None, :, :]
 
 
 class QueryKeyContext(NamedTuple):
     """Arrays of a layer's descent besides weights and data.
 
     Attributes:
-      rope: inverse frequencies, or ``None``.
+      form: what is done to the projections' outputs before the softmax.
       outputs: of ``output_maps``, ``None`` where the output does not count.
       importance: factors of ``|w|`` in the ranking, for each projection.
     """
 
-    rope: Float[Array, " f"] | None
+    form: AttentionForm
     outputs: Float[Array, "d h v"] | None
     importance: tuple[Importance, Importance]
 
@@ -296,15 +338,15 @@ def output_maps(
 
 def _sample_errors(
     dense: Projections,
-    rope: Array | None,
+    form: AttentionForm,
     outputs: Array | None,
     settings: QueryKeySettings,
     weights: Projections,
     batch: PyTree,
 ) -> Float[Array, " b"]:
     """Objective of every sequence, summed over heads."""
-    q, k = queries_and_keys(batch["x"], weights, rope, settings)
-    q0, k0 = queries_and_keys(batch["x0"], dense, rope, settings)
+    q, k = queries_and_keys(batch["x"], weights, form, settings)
+    q0, k0 = queries_and_keys(batch["x0"], dense, form, settings)
     values = None
     if outputs is not None:
         grouped = outputs.reshape(outputs.shape[0], *q.shape[1:3], -1)
@@ -320,7 +362,7 @@ def _sample_errors(
 def query_key_context(
     dense: Projections,
     fit: PyTree,
-    rope: Float[Array, " f"] | None,
+    form: AttentionForm,
     settings: QueryKeySettings,
     wv: Float[Array, "d g k"] | None = None,
     wo: Float[Array, "h k d_out"] | None = None,
@@ -330,7 +372,7 @@ def query_key_context(
     Args:
       dense: projections that define the attention.
       fit: ``x`` and ``x0``, inputs of the pruned and the dense projections.
-      rope: inverse frequencies, or ``None``.
+      form: what is done to the projections' outputs before the softmax.
       settings: static choices.
       wv: value projection; with ``wo``, the output counts too.
       wo: output projection.
@@ -338,7 +380,7 @@ def query_key_context(
     outputs = None
     if wv is not None and wo is not None and settings.output_weight:
         outputs = output_maps(fit["x0"], wv, wo, settings.output_weight)
-    sample_errors = partial(_sample_errors, dense, rope, outputs, settings)
+    sample_errors = partial(_sample_errors, dense, form, outputs, settings)
     felt = column_sensitivity(
         lambda weights, batch: jnp.mean(sample_errors(weights, batch)),
         dense,
@@ -348,9 +390,9 @@ def query_key_context(
     norms = feature_norms(fit["x"])
     if not settings.columns_compete:
         even = tuple(Importance(norms, jnp.ones_like(s)) for s in felt)
-        return QueryKeyContext(rope, outputs, (even[0], even[1]))
+        return QueryKeyContext(form, outputs, (even[0], even[1]))
     return QueryKeyContext(
-        rope,
+        form,
         outputs,
         (importance(dense[0], norms, felt[0]), importance(dense[1], norms, felt[1])),
     )
@@ -372,7 +414,7 @@ def query_key_descent(
       settings: static choices.
     """
     del fit
-    sample_errors = partial(_sample_errors, dense, context.rope, context.outputs, settings)
+    sample_errors = partial(_sample_errors, dense, context.form, context.outputs, settings)
 
     def objective(weights: Projections, batch: PyTree) -> Float[Array, ""]:
         return jnp.mean(sample_errors(weights, batch))
@@ -415,7 +457,7 @@ def head_errors(
     weights: Projections,
     x0: Float[Array, "b n d"],
     dense: Projections,
-    rope: Float[Array, " f"] | None,
+    form: AttentionForm,
     settings: QueryKeySettings,
 ) -> tuple[Float[Array, " h"], Float[Array, " h"]]:
     """Squared error and energy of every query head's attention matrices, summed over sequences.
@@ -427,14 +469,14 @@ def head_errors(
       weights: pruned ``wq`` and ``wk``, heads flattened.
       x0: inputs of the dense projections.
       dense: dense ``wq`` and ``wk``.
-      rope: inverse frequencies, or ``None``.
+      form: what is done to the projections' outputs before the softmax.
       settings: heads and scale.
     """
 
     def one(sequence: tuple[Array, Array]) -> tuple[Array, Array]:
         x, x0 = sequence
-        found = queries_and_keys(x, weights, rope, settings)
-        target = queries_and_keys(x0, dense, rope, settings)
+        found = queries_and_keys(x, weights, form, settings)
+        target = queries_and_keys(x0, dense, form, settings)
         errors = over_mesh(row_errors, "heads")(*found, *target)
         return tuple(a.sum(axis=-1).reshape(-1) for a in errors)
 

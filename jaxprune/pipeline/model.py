@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxprune.attention import accumulation_dtype
+from jaxprune.attention import accumulation_dtype, rms_norm
 from jaxprune.baselines import PrunedLinear, magnitude
 from jaxprune.baselines.sparsegpt import hessian, sparsegpt_from_hessian
 from jaxprune.baselines.wanda import wanda_from_norms
@@ -37,14 +37,14 @@ from jaxprune.methods.query_key import (
     query_key_descent,
 )
 from jaxprune.models.llama.activations import next_hidden
-from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
+from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import (
     INPUT_OF,
     BlockWeights,
     Llama,
+    attention_form,
     block,
     parameter_count,
-    rms_norm,
 )
 from jaxprune.pipeline.block import BlockSettings, block_context, block_descent
 from jaxprune.pipeline.distillation import DistillationContext, DistillationSettings, distillation
@@ -414,12 +414,12 @@ def _head_rows(
     """Relative error of every head's attention, both on the dense model's activations."""
     config = streams.config
     settings = _query_key_settings(config, Sparsity(0.0))
-    rope = jnp.asarray(inverse_frequencies(config))
+    form = attention_form(dense, config)
     columns = []
     for hidden in (streams.dense, streams.heldout):
         x = streams.normed(hidden, dense)
         error, energy = head_errors(
-            x, (pruned.wq, pruned.wk), x, (dense.wq, dense.wk), rope, settings
+            x, (pruned.wq, pruned.wk), x, (dense.wq, dense.wk), form, settings
         )
         columns.append(whole(error / energy))
         if not np.isfinite(columns[-1]).all():
@@ -480,7 +480,7 @@ def _descend(
         x0 = streams.normed(streams.dense, dense)
         x = streams.normed(streams.pruned, dense) if settings.propagate else x0
         data = {"x": x, "x0": x0}
-        rope = jnp.asarray(inverse_frequencies(streams.config))
+        form = attention_form(dense, streams.config)
         make: Callable[..., Descent] = query_key_descent
     else:
         weights = _movable({name: getattr(dense, name) for name in TARGETS["all"]})
@@ -491,7 +491,7 @@ def _descend(
     if isinstance(chosen, QueryKeySettings):
         wv = _heads(_wide(dense.wv), streams.config)
         wo = _heads(_wide(dense.wo).T, streams.config).transpose(1, 2, 0)
-        context = query_key_context(weights, fit, rope, chosen, wv, wo)
+        context = query_key_context(weights, fit, form, chosen, wv, wo)
     else:
         norms = _input_norms(dense, streams, TARGETS["all"], settings.batch)
         context = block_context(weights, fit, dense, norms, chosen)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprune import attention_matrix
+from jaxprune.attention import AttentionForm
 from jaxprune.baselines import magnitude, wanda
 from jaxprune.errors import InputError
 from jaxprune.methods.query_key import (
@@ -41,7 +42,7 @@ def flat(*weights):
 def test_logits_rotate_by_distance_and_heads_share_keys(key, x64):
     x, wq, wk = layer(key, 2, jnp.float64)
     half, rope = WIDTH // 2, ROPE.astype(jnp.float64)
-    q, k = queries_and_keys(x, flat(wq, wk), rope, SETTINGS)
+    q, k = queries_and_keys(x, flat(wq, wk), AttentionForm(rope), SETTINGS)
     found = jnp.einsum("bgrnk,bgrmk->bgrnm", q, jnp.broadcast_to(k, q.shape))
     for head in range(HEADS):
         a, b = x[1] @ wq[:, head], x[1] @ wk[:, head // 2]
@@ -59,7 +60,7 @@ def test_logits_rotate_by_distance_and_heads_share_keys(key, x64):
 def test_without_positions_a_head_is_its_fused_matrix(key, x64):
     x, wq, wk = layer(key, 3, jnp.float64)
     half = (0.5 * wq, wk)
-    error, energy = head_errors(x, flat(*half), x, flat(wq, wk), None, SETTINGS)
+    error, energy = head_errors(x, flat(*half), x, flat(wq, wk), AttentionForm(), SETTINGS)
     for head in range(HEADS):
         w = wq[:, head] @ wk[:, head // 2].T / np.sqrt(WIDTH)
         dense = attention_matrix(x, w)
@@ -96,7 +97,7 @@ def test_descent_beats_its_ranking_and_the_baselines_on_fresh_sequences(key):
     }
 
     def error(weights):
-        error, energy = head_errors(fresh, weights, fresh, dense, ROPE, SETTINGS)
+        error, energy = head_errors(fresh, weights, fresh, dense, AttentionForm(ROPE), SETTINGS)
         return float(error.sum() / energy.sum())
 
     ours = error(flat(found.wq, found.wk))
@@ -108,7 +109,7 @@ def test_sensitivity_finds_the_column_that_attention_does_not_feel(key):
     """A component whose key is zero can be dropped from the query for nothing."""
     x, wq, wk = layer(key)
     silent = wk.at[:, 0, 1].set(0)
-    context = query_key_context(flat(wq, silent), {"x": x, "x0": x}, None, SETTINGS)
+    context = query_key_context(flat(wq, silent), {"x": x, "x0": x}, AttentionForm(), SETTINGS)
     importance = context.importance[0].score(wq.reshape(D, -1)).reshape(wq.shape).max(axis=0)
     others = jnp.delete(importance.reshape(-1), jnp.array([1, 5]))
     assert importance[:2, 1].max() < 0.3 * jnp.median(others)
@@ -141,7 +142,7 @@ def test_the_output_counts_where_values_are_given(key, x64, unchecked):
     dense, pruned, rope = flat(wq, wk), flat(0.5 * wq, wk), ROPE.astype(jnp.float64)
 
     def matrices(weights):
-        q, k = queries_and_keys(x, weights, rope, SETTINGS)
+        q, k = queries_and_keys(x, weights, AttentionForm(rope), SETTINGS)
         logits = jnp.einsum("bgrnk,bgxmk->bgrnm", q, k).reshape(-1, HEADS, N, N)
         return jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((N, N))) > 0, logits, -jnp.inf))
 
@@ -151,7 +152,7 @@ def test_the_output_counts_where_values_are_given(key, x64, unchecked):
     expected = 0.5 * (difference**2).sum() + ((difference @ outputs) ** 2).sum() / spread
 
     settings, data = SETTINGS._replace(output_weight=2.0), {"x": x, "x0": x}
-    context = query_key_context(dense, data, rope, settings, wv, wo)
+    context = query_key_context(dense, data, AttentionForm(rope), settings, wv, wo)
     descent = query_key_descent(dense, data, context, settings)
     np.testing.assert_allclose(descent.objective(pruned, data), expected / 4, rtol=1e-9)
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxprune.attention import rms_norm
 from jaxprune.errors import InputError
 from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.models.llama.modeling import BlockWeights, Llama, Tokens, block, rms_norm
+from jaxprune.models.llama.modeling import BlockWeights, Llama, Tokens, block
 from jaxprune.sharding import AXES, over_mesh, split_windows
 
 

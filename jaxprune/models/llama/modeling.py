@@ -27,10 +27,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxprune.attention import (
     BLOCK_ENTRIES,
+    AttentionForm,
     attention_rows,
     causal_bias,
     contract,
-    rotary_embedding,
+    rms_norm,
 )
 from jaxprune.errors import InputError
 from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
@@ -232,12 +233,17 @@ def block(
       compiled function those that are dropped are not computed.
     """
     x = rms_norm(hidden, weights.attention_norm, config.rms_norm_eps)
-    frequencies = jnp.asarray(inverse_frequencies(config))
-    q, k, v = (
-        split_heads(linear(x, w), config.head_dim) for w in (weights.wq, weights.wk, weights.wv)
-    )
-    q, k = rotary_embedding(q, frequencies), rotary_embedding(k, frequencies)
+    form = attention_form(weights, config)
+    q = form.queries(linear(x, weights.wq), config.num_attention_heads)
+    k = form.keys(linear(x, weights.wk), config.num_key_value_heads)
+    v = split_heads(linear(x, weights.wv), config.head_dim)
     return after_attention(weights, hidden, x, attention_output(q, k, v), config)
+
+
+def attention_form(weights: BlockWeights, config: LlamaConfig) -> AttentionForm:
+    """What a block does to the outputs of its ``W_Q`` and ``W_K`` before the softmax."""
+    del weights
+    return AttentionForm(jnp.asarray(inverse_frequencies(config)))
 
 
 def after_attention(
@@ -262,15 +268,6 @@ def after_attention(
     down = jax.nn.silu(linear(y, weights.w_gate)) * linear(y, weights.w_up)
     hidden = hidden + linear(down, weights.w_down)
     return hidden, LinearInputs(attention=x, output=output, mlp=y, down=down)
-
-
-def rms_norm(
-    x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float
-) -> Float[Array, "*b d"]:
-    """``scale · x / √(mean(x²) + eps)``; the quotient is taken in float32."""
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(wide**2, axis=-1, keepdims=True)
-    return scale * (wide * lax.rsqrt(mean_square + eps)).astype(x.dtype)
 
 
 def linear(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
