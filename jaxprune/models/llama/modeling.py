@@ -270,8 +270,17 @@ def after_attention(
     return hidden, LinearInputs(attention=x, output=output, mlp=y, down=down)
 
 
-def linear(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+class Tapped(NamedTuple):
+    """A weight whose output is seen: a gradient in ``tap`` is one in the output of the map."""
+
+    weight: Float[Array, "i o"]
+    tap: Float[Array, "*b o"]
+
+
+def linear(x: Float[Array, "*b i"], w: Float[Array, "i o"] | Tapped) -> Float[Array, "*b o"]:
     """``x @ w`` in the type of ``x``, accumulated in float32."""
+    if isinstance(w, Tapped):
+        return linear(x, w.weight) + w.tap
     return contract("...i,io->...o", x, w.astype(x.dtype)).astype(x.dtype)
 
 
