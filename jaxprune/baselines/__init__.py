@@ -12,3 +12,4 @@ from jaxprune.baselines.registry import Baseline as Baseline
 from jaxprune.baselines.magnitude import magnitude as magnitude  # isort: skip
 from jaxprune.baselines.wanda import wanda as wanda  # isort: skip
 from jaxprune.baselines.sparsegpt import sparsegpt as sparsegpt  # isort: skip
+from jaxprune.baselines.admm import admm as admm  # isort: skip

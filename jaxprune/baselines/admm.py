@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from jaxprune.baselines.linear import PrunedLinear, check_linear
+from jaxprune.baselines.registry import Baseline, register
 from jaxprune.baselines.sparsegpt import hessian
 from jaxprune.gauss_newton.admm import Factor, kronecker_admm
 from jaxprune.sparsity import Group, Sparsity
@@ -84,3 +85,15 @@ def admm_from_hessian(
         refinements=refinements,
     )
     return PrunedLinear(found.weight, found.keep_mask, found.damping)
+
+
+register(
+    Baseline(
+        "admm",
+        "ADMM",
+        admm,
+        updates=True,
+        moment=hessian,
+        prune_from=admm_from_hessian,
+    )
+)

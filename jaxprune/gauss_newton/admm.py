@@ -95,6 +95,14 @@ def factorise(f: Float[Array, "*p d d"], damping: float | Array = 0.01) -> Facto
     return _factorise(f, jnp.asarray(damping, accumulation_dtype(f)))
 
 
+# One matrix at a time: on a CPU, batches of two independent decompositions share the threads of
+# one pool and may wait for each other for ever (jaxlib 0.10).
+@jax.custom_batching.sequential_vmap
+def _eigh(matrix: Float[Array, "d d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=True)
+    return values, vectors
+
+
 @jax.jit
 def _factorise(f: Array, damping: Array) -> Factor:
     wide = f.astype(damping.dtype)
@@ -105,7 +113,9 @@ def _factorise(f: Array, damping: Array) -> Factor:
     unit = wide * inverse[..., :, None] * inverse[..., None, :]
     identity = jnp.eye(f.shape[-1], dtype=wide.dtype)
     unit = jnp.where(identity > 0, 1, unit / (1 + damping))
-    values, vectors = jnp.linalg.eigh(unit, symmetrize_input=True)
+    flat = unit.reshape(-1, *unit.shape[-2:])
+    values, vectors = jax.vmap(_eigh)(flat)
+    values, vectors = values.reshape(diagonal.shape), vectors.reshape(unit.shape)
     # The damping bounds eigenvalues from below, but for rounding and for indefinite matrices.
     least = damping / (1 + damping)
     clipped = jnp.maximum(values, least)

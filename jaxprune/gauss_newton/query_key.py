@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Key
 
+from jaxprune.attention import AttentionForm
 from jaxprune.errors import InputError
 from jaxprune.gauss_newton.admm import PrunedKronecker, kronecker_admm
 from jaxprune.gauss_newton.moments import Form, Moments, gauss_newton_moments
@@ -30,7 +31,7 @@ def query_key_moments(
     wq: Float[Array, "d h k"],
     wk: Float[Array, "d g k"],
     *,
-    rope: Float[Array, " f"] | None,
+    form: AttentionForm,
     scale: float | None = None,
     causal: bool = True,
     outputs: Float[Array, "d h v"] | None = None,
@@ -49,7 +50,7 @@ def query_key_moments(
       x: inputs of the projections, ``b`` sequences.
       wq: query projection of all heads.
       wk: key projection; each key head serves ``h/g`` consecutive query heads.
-      rope: inverse frequencies, or ``None`` for no positions.
+      form: what is done to the projections' outputs before the softmax.
       scale: of the logits; ``1/√k`` if ``None``.
       causal: Def. 3.1 if true, else Def. 1.1.
       outputs: maps from inputs to values, where what attention does to them counts too.
@@ -65,12 +66,12 @@ def query_key_moments(
         or not x.shape[2] == wq.shape[0] == wk.shape[0]
         or wq.shape[2] != wk.shape[2]
         or wq.shape[1] % wk.shape[1]
-        or (rope is not None and rope.shape != (wq.shape[2] // 2,))
+        or (form.rope is not None and form.rope.shape != (wq.shape[2] // 2,))
         or (outputs is not None and (outputs.ndim != 3 or outputs.shape[:2] != wq.shape[:2]))
     ):
         raise InputError(
             f"x {x.shape}, wq {wq.shape}, wk {wk.shape}, rope "
-            f"{None if rope is None else rope.shape}, outputs "
+            f"{None if form.rope is None else form.rope.shape}, outputs "
             f"{None if outputs is None else outputs.shape} do not match: expected [b, n, d], "
             "[d, heads, k], [d, kv_heads, k] with kv_heads dividing heads, [k/2], [d, heads, v]"
         )
@@ -88,7 +89,7 @@ def query_key_moments(
         {"q": wq.reshape(d, -1), "k": wk.reshape(d, -1)},
         {"q": x, "k": x},
         None if outputs is None else {"x": x},
-        {"rope": rope, "outputs": outputs},
+        {"form": form, "outputs": outputs},
         forms={"q": Form(blocks=heads), "k": Form(blocks=wk.shape[1])},
         row_weights=row_weights,
         key=key,

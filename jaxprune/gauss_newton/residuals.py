@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxprune.attention import attention_rows, causal_bias, contract, rotary_embedding
+from jaxprune.attention import attention_rows, causal_bias, contract
 
 # Causal rows are cut into so many groups: above the diagonal, only what lies inside a group is
 # computed. Twice as many gain nothing measurable.
@@ -20,9 +20,9 @@ _CAUSAL_GROUPS = 4
 class AttentionMatrices:
     """Attention matrices ``F = softmax(q kᵀ)`` of all heads of a layer, from queries and keys.
 
-    Called with outputs ``q [n, h·k]`` and ``k [n, g·k]`` of the projections, before positions, and
-    shared arrays ``rope [k/2]`` and ``outputs [d, h, v]``, each or ``None``. With ``outputs``, maps
-    from inputs to values, the residual is ``(F, F V)``, ``V = x · outputs`` of the sequence's
+    Called with outputs ``q [n, h·k]`` and ``k [n, g·k]`` of the projections, as they are, and
+    shared ``form``, an ``AttentionForm``, and ``outputs [d, h, v]`` or ``None``. With ``outputs``,
+    maps from inputs to values, the residual is ``(F, F V)``, ``V = x · outputs`` of the sequence's
     ``x``: what the matrices do to values counts too, as in ``softmax_error``.
 
     Attributes:
@@ -39,13 +39,10 @@ class AttentionMatrices:
 
     def __call__(self, outputs: dict[str, Array], sequence: PyTree, shared: PyTree) -> PyTree:
         """Groups of rows of all matrices, and their products with values."""
-
-        def split(y: Array, *heads: int) -> Array:
-            y = jnp.moveaxis(y.reshape(y.shape[0], *heads, -1), 0, -2)
-            return y if shared["rope"] is None else rotary_embedding(y, shared["rope"])
-
-        q = split(outputs["q"], self.kv_heads, self.heads // self.kv_heads) * self.scale
-        k = split(outputs["k"], self.kv_heads)
+        form = shared["form"]
+        q = form.queries(outputs["q"], self.heads) * self.scale
+        q = q.reshape(self.kv_heads, self.heads // self.kv_heads, *q.shape[1:])
+        k = form.keys(outputs["k"], self.kv_heads)
         matrices = _row_groups(q, k, self.causal)
         if shared["outputs"] is None:
             return matrices

@@ -27,6 +27,7 @@ from jaxprune.descent.gradual import gradual_descent, refit_descent, split_seque
 from jaxprune.descent.loop import Descent, Trace, descend
 from jaxprune.descent.relaxations import cubic_sparsity, straight_through
 from jaxprune.errors import InputError
+from jaxprune.gauss_newton import prune_query_key_on, query_key_moments
 from jaxprune.importance import Importance, column_sensitivity, feature_norms, importance
 from jaxprune.objective import softmax_error
 from jaxprune.sharding import AXES, over_mesh
@@ -60,7 +61,8 @@ class QueryKeySettings(NamedTuple):
       refit_learning_rate: the same under given masks.
       mask_learning_rate: the same for mask scores, in units of their mean, without ``refit``.
       refit: kept weights adapt; else only the mask is learned and they keep their values.
-      output_weight: of the error of attention's output beside that of its matrices.
+      output_weight: of the error of attention's output beside that of its matrices, in descents.
+      moment_sequences: from which the closed form takes its curvature.
       tightened: part of the steps after which the mask has its final size.
       columns_compete: weights of a whole matrix compete; else every output column keeps as many,
         ranked by Wanda's score.
@@ -77,6 +79,7 @@ class QueryKeySettings(NamedTuple):
     mask_learning_rate: float = 0.003
     refit: bool = True
     output_weight: float = OUTPUT_WEIGHT
+    moment_sequences: int = 64
     tightened: float = 0.4
     columns_compete: bool = True
 
@@ -275,6 +278,10 @@ def prune_closed_form(
 ) -> ClosedForm:
     """Prune both projections on the Gauss–Newton form of the error of the attention matrices.
 
+    Each minimises ``½ tr(A E B Eᵀ)``, to second order the mean over sequences of
+    ``½ Σ_heads ‖softmax(q̃ kᵀ) − softmax(q kᵀ)‖²`` with the other one dense, see
+    ``jaxprune.gauss_newton``.
+
     Args:
       x: inputs of the projections.
       dense: projections.
@@ -282,7 +289,19 @@ def prune_closed_form(
       key: randomness of the cotangents.
       settings: heads, scale, sparsity.
     """
-    raise NotImplementedError
+    d = x.shape[-1]
+    wq, wk = dense[0].reshape(d, settings.heads, -1), dense[1].reshape(d, settings.kv_heads, -1)
+    moments = query_key_moments(
+        x,
+        wq,
+        wk,
+        form=form,
+        scale=settings.scale,
+        sequences=min(settings.moment_sequences, x.shape[0]),
+        key=key,
+    )
+    q, k = prune_query_key_on(moments, wq, wk, settings.sparsity, group=_group(settings))
+    return ClosedForm((q.weight, k.weight), (q.keep_mask, k.keep_mask), (q.loss, k.loss))
 
 
 @partial(jax.jit, static_argnames=("settings", "preset", "start"))

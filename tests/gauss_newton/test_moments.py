@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 
+from jaxprune.attention import AttentionForm
 from jaxprune.gauss_newton import (
     AttentionMatrices,
     Form,
@@ -52,14 +53,14 @@ def attention(layer):
     forms = {"q": Form(HEADS), "k": Form(GROUPS)}
 
     def moments(draws, x=x, outputs=None, forms=forms, **options):
-        shared = {"rope": ROPE, "outputs": outputs}
+        shared = {"form": AttentionForm(ROPE), "outputs": outputs}
         inputs = {"q": x, "k": x}
         return gauss_newton_moments(
             residual, weights, inputs, {"x": x}, shared, forms=forms, draws=draws, **options
         )
 
     def of_outputs(y, x, outputs=None):
-        return residual(y, {"x": x}, {"rope": ROPE, "outputs": outputs})
+        return residual(y, {"x": x}, {"form": AttentionForm(ROPE), "outputs": outputs})
 
     return moments, of_outputs, weights
 
@@ -229,7 +230,7 @@ def test_random_signs_are_fair_signs(key):
 
 def test_vmap_jit_and_a_second_call(layer, compiled):
     x, wq, wk = layer
-    call = partial(query_key_moments, rope=ROPE, sequences=2)
+    call = partial(query_key_moments, form=AttentionForm(ROPE), sequences=2)
     other = jnp.flip(x, axis=1)
     one = call(x, wq, wk)
     mapped = jax.jit(jax.vmap(call, in_axes=(0, None, None)))(jnp.stack([other, x]), wq, wk)
@@ -243,6 +244,7 @@ def test_vmap_jit_and_a_second_call(layer, compiled):
 EIGHT = """
 import json
 import jax, jax.numpy as jnp, numpy as np
+from jaxprune.attention import AttentionForm
 from jaxprune.gauss_newton import query_key_moments
 from jaxprune.sharding import split_windows, use_mesh, whole
 keys = jax.random.split(jax.random.key(0), 3)
@@ -250,7 +252,7 @@ x = np.asarray(jax.random.normal(keys[0], (16, 9, 8)))
 wq, wk = (np.asarray(jax.random.normal(k, (8, h, 4))) for k, h in zip(keys[1:], (8, 8)))
 rope = jnp.array([1.0, 0.1])
 def moments():
-    found = query_key_moments(split_windows(jnp.asarray(x)), wq, wk, rope=rope)
+    found = query_key_moments(split_windows(jnp.asarray(x)), wq, wk, form=AttentionForm(rope))
     return [whole(a) for a in jax.tree.leaves(found)]
 one = moments()
 worst = []
@@ -284,7 +286,7 @@ def test_a_mesh_changes_nothing():
 WRONG = [
     ({"x": jnp.ones((2, 9, 7))}, r"x \(2, 9, 7\), wq \(8, 4, 4\)"),
     ({"wk": jnp.ones((8, 3, 4))}, r"wk \(8, 3, 4\)"),
-    ({"rope": jnp.ones(3)}, r"rope \(3,\)"),
+    ({"form": AttentionForm(jnp.ones(3))}, r"rope \(3,\)"),
     ({"outputs": jnp.ones((8, 3, 2))}, r"outputs \(8, 3, 2\)"),
     ({"sequences": 0}, "sequences 0"),
     ({"x": jnp.full((2, 9, 8), jnp.nan)}, r"inputs\['q'\] holds 144 non-finite"),
@@ -296,7 +298,7 @@ WRONG = [
 def test_wrong_layers_are_named(unchecked, change, message):
     right = {"x": jnp.ones((2, 9, 8)), "wq": jnp.ones((8, 4, 4)), "wk": jnp.ones((8, 2, 4))}
     with pytest.raises(ValueError, match=message):
-        query_key_moments(**right | {"rope": None} | change)
+        query_key_moments(**right | {"form": AttentionForm()} | change)
 
 
 @pytest.mark.parametrize(
