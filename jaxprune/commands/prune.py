@@ -55,6 +55,13 @@ class Config:
     start: str = "gauss-newton"
     """what descent goes on from: the closed form (gauss-newton), or dense weights, from which it
     finds the mask itself in many more steps (dense)"""
+    allocate: str = "matrix"
+    """what shares the budget of zeros: matrix (each loses --sparsity), block or model (all of them
+    together lose it, where the predictions feel it least)"""
+    lowest: float = 0.0
+    """least fraction that a matrix loses where a budget is shared"""
+    highest: float = 0.95
+    """greatest"""
     propagate: bool = True
     """calibrate on the model pruned so far; else every layer on the dense one"""
     steps: int | None = None

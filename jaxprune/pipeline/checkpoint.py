@@ -48,6 +48,9 @@ class PruneRequest:
     sparsity: str = "0.5"
     refit: bool | None = None
     start: str = "gauss-newton"
+    allocate: str = "matrix"
+    lowest: float = 0.0
+    highest: float = 0.95
     propagate: bool = True
     steps: int | None = None
     distill: int | None = None
@@ -64,6 +67,9 @@ class PruneRequest:
             sparsity=Sparsity.parse(self.sparsity),
             refit=self.refit,
             start=self.start,
+            allocate=self.allocate,
+            lowest=self.lowest,
+            highest=self.highest,
             propagate=self.propagate,
             steps=self.steps,
             distill=self.distill,
@@ -111,6 +117,9 @@ def prune_checkpoint(
     sparsity: Any = "0.5",
     refit: bool | None = None,
     start: str = "gauss-newton",
+    allocate: str = "matrix",
+    lowest: float = 0.0,
+    highest: float = 0.95,
     propagate: bool = True,
     steps: int | None = None,
     distill: int | None = None,
@@ -141,6 +150,10 @@ def prune_checkpoint(
       sparsity: of every pruned matrix, ``Sparsity`` or what ``Sparsity.parse`` reads.
       refit: let kept weights adapt block by block; if ``None``, with ``descent`` alone.
       start: of ``descent``: ``gauss-newton`` or ``dense``.
+      allocate: what shares the budget of zeros: each ``matrix`` loses ``sparsity``, or those of a
+        ``block``, or of the ``model``, together.
+      lowest: least ratio of a matrix where a budget is shared.
+      highest: greatest.
       propagate: calibrate on the model as pruned so far.
       steps: of a descent in every block; the preset's if ``None``.
       distill: steps of the distillation at the end; see ``PruneSettings``.
@@ -168,6 +181,9 @@ def prune_checkpoint(
         sparsity=str(sparsity),
         refit=refit,
         start=start,
+        allocate=allocate,
+        lowest=lowest,
+        highest=highest,
         propagate=propagate,
         steps=steps,
         distill=distill,
