@@ -43,9 +43,9 @@ def output(process):
 EIGHT = """
 import json
 import jax, jax.numpy as jnp, numpy as np
-from jaxprune import factored
-from jaxprune.pipeline import _advance, _movable, _start
-from jaxprune.sharding import split_windows, use_mesh, whole
+from jaxprune.methods import query_key as factored
+from jaxprune.pipeline.model import _advance, _movable, _start
+from jaxprune.sharding import gather, split_windows, use_mesh
 from jaxprune.sparsity import Sparsity
 
 d, heads, groups, k, n, b = 32, 16, 8, 4, 12, 16
@@ -76,8 +76,8 @@ def everything():
         make, settings, state, weights, data, data, context, jax.random.key(0)
     )
     parts.append([local_part(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim == 2])
-    numbers = [whole(a) for a in (value, *gradient, *errors)]
-    kept = [int(whole(mask).sum()) for mask in state.best.keep_masks]
+    numbers = [gather(a) for a in (value, *gradient, *errors)]
+    kept = [int(gather(mask).sum()) for mask in state.best.keep_masks]
     return numbers, parts, kept, float(state.best.error)
 
 
@@ -156,13 +156,13 @@ def test_without_a_mesh_nothing_changes():
         assert sharding.split_columns(tree) is tree
         assert sharding.over_mesh(jnp.sin, *sharding.AXES)(tree["a"]).shape == (4, 4)
     assert sharding.is_writer()
-    assert sharding.agreed(True)
-    assert not sharding.agreed(False)
+    assert sharding.broadcast_flag(True)
+    assert not sharding.broadcast_flag(False)
 
 
 @pytest.mark.parametrize("shape", ["2x4", "1", "0x1", "x", "-1x-1"])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
-    with pytest.raises(ValueError, match=re.escape(f"--mesh {shape}")):
+    with pytest.raises(ValueError, match=re.escape(f"mesh {shape}")):
         sharding.use_mesh(shape, 8)
 
 
@@ -171,7 +171,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
     [(None, 2, 0), (None, None, 1), ("a:1", None, None), ("a:1", 2, None), ("a:1", 2, 2)],
 )
 def test_incomplete_descriptions_of_processes_are_refused(coordinator, processes, process):
-    with pytest.raises(ValueError, match="--process"):
+    with pytest.raises(ValueError, match="process"):
         sharding.connect(coordinator, processes, process)
 
 
@@ -180,4 +180,4 @@ def test_an_error_of_the_writer_is_the_error():
         raise sharding.InputError("no room")
 
     with pytest.raises(ValueError, match="no room"):
-        sharding.by_writer(fail)
+        sharding.on_process_zero(fail)

@@ -16,12 +16,13 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import tyro
 from tqdm import tqdm
 
 from jaxprune.errors import InputError
@@ -36,38 +37,49 @@ from jaxprune.pipeline.model import (
     prune_model,
     units,
 )
-from jaxprune.runs import plotting
-from jaxprune.runs.folder import RunFolder, configuration, environment
-from jaxprune.runs.script import Flag, run_script
-from jaxprune.sharding import by_writer, connect, is_writer, use_mesh
+from jaxprune.runs import flags, plotting
+from jaxprune.runs.configuration import configuration, differing
+from jaxprune.runs.folder import RunFolder, environment, recorded_configuration
+from jaxprune.runs.script import run_script
+from jaxprune.sharding import check_mesh, connect, is_writer, on_process_zero, use_mesh
 from jaxprune.sparsity import Sparsity
-from jaxprune.storage import check_new_folder, new_folder, read_json, write_arrays, write_json
+from jaxprune.storage import (
+    check_new_folder,
+    new_folder,
+    remove_partial_folders,
+    work_folder,
+    write_arrays,
+    write_json,
+)
 from jaxprune.text.tokenizer import Tokenizer
-from jaxprune.text.windows import Windows, calibration_windows
+from jaxprune.text.windows import Windows, calibration_windows, check_sizes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(flags.Dtype, flags.HeldoutWindows, flags.Model):
+    """The model, and windows of text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(flags.Repeat, flags.Seed):
+    """Where the new checkpoint goes."""
+
+    out: Path
+    """folder of the new checkpoint; must not exist"""
+    resume: flags.Flag = False
+    """go on with the interrupted run with the same --out and settings"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Prune a Llama checkpoint and write one that transformers opens.
 
     Example: jaxprune prune --model zoo --sparsity 0.7 --out pruned
     """
 
-    out: Path
-    """folder of the new checkpoint; must not exist"""
-    model: str = "zoo"
-    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub"""
-    calibration: str = "zoo"
-    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper"""
-    windows: int | None = None
-    """windows to calibrate on; 128, or as the preset says"""
-    seqlen: int | None = None
-    """tokens of a window, a BOS included; 256, or as the preset says"""
-    heldout: int | None = None
-    """windows after those, for held-out attention errors; 16, or as the preset says"""
     method: str = "descent"
     """magnitude, wanda, sparsegpt, descent"""
-    targets: str = "qk"
+    targets: Literal["qk", "all"] = "qk"
     """qk (W_Q and W_K) or all (the seven linear maps of a block)"""
     sparsity: str = "0.5"
     """fraction removed, or N:M along the inputs: 2:4 keeps 2 of every 4"""
@@ -75,67 +87,51 @@ class Config:
     """descent lets kept weights adapt; else it learns the mask alone, and they stay as they were"""
     propagate: bool = True
     """descent calibrates on the model pruned so far; else every layer on the dense one"""
-    steps: int | None = None
-    """steps of the descent in every block; the preset's if left out"""
-    distill: int | None = None
-    """steps of distillation from the dense model at the end, of all kept weights together, by
-    descent; if left out, 300 for models of up to 100 million parameters and none for larger ones"""
-    batch: int = 8
-    """windows at once in forward passes; lower it if memory runs out"""
-    seed: int = 0
-    """of the descent's batches and of windows drawn from C4"""
-    resume: Flag = False
-    """go on with an interrupted run with the same --out"""
-    repeat: Path | None = None
-    """folder of a pruned checkpoint to make again in --out, with its settings, and to compare"""
-
-    dtype: str = "float32"
-    """of the model's weights and activations, float32 or bfloat16; softmax, sums, masks and the
-    weights that a descent moves are float32"""
-    mesh: str | None = None
-    """SxH, devices along sequences and heads; if left out, all there are, heads first"""
-    coordinator: str | None = None
-    """host:port of process 0 where several processes share the work, or auto on a cluster that
-    JAX knows; --out must then be on a file system they all see"""
-    processes: int | None = None
-    """how many"""
-    process: int | None = None
-    """which one this is, from 0; process 0 writes"""
+    steps: flags.Maybe[int] = None
+    """steps of the descent in every block; if left out, the preset's"""
+    distill: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="steps of distillation from the dense model at the end, of all kept weights "
+            "together, by descent; if left out, 300 for models of up to 100 million parameters "
+            "and none for larger ones",
+            help_behavior_hint="",
+        ),
+    ] = None
+    data: Annotated[Data, flags.MODEL_AND_TEXT] = Data()
+    devices: Annotated[flags.Devices, flags.DEVICES_AND_MEMORY] = dataclasses.field(
+        default=flags.Devices()
+    )
+    run: Annotated[Run, flags.RUN]
 
     memory_flags: ClassVar[str] = "--batch, --windows or --seqlen"
 
+    @property
+    def records(self) -> tuple[Path, ...]:
+        """Folders in which the settings of this run may be recorded."""
+        return self.run.out, work_folder(self.run.out)
+
     def settings(self) -> PruneSettings:
         """What the pipeline needs to know."""
-        try:
-            sparsity = Sparsity.parse(self.sparsity)
-        except InputError as error:
-            raise InputError(f"--sparsity: {error}") from None
         return PruneSettings(
             method=self.method,
             targets=self.targets,
-            sparsity=sparsity,
+            sparsity=Sparsity.parse(self.sparsity),
             refit=self.refit,
             propagate=self.propagate,
             steps=self.steps,
             distill=self.distill,
-            batch=self.batch,
-            seed=self.seed,
+            batch=self.devices.batch,
+            seed=self.run.seed,
         )
-
-
-def work_folder(out: Path) -> Path:
-    """Where a run keeps what it needs to resume, beside its output."""
-    return out.resolve().parent / f".{out.name}.work"
 
 
 def finished_before(config: Config) -> bool:
     """Whether this very run has finished already (killed just before it could say so)."""
-    report = config.out / "pruning.json"
-    return (
-        config.resume
-        and report.is_file()
-        and read_json(report).get("configuration") == configuration(config)
-    )
+    if not config.run.resume or not (config.run.out / "pruning.json").is_file():
+        return False
+    there = recorded_configuration(config.run.out)
+    return there is not None and differing(there, config) is None
 
 
 def achieved_sparsity(model: llama.Llama, targets: str) -> dict[str, list[float]]:
@@ -174,27 +170,27 @@ def summary_figure(metrics: pd.DataFrame, title: str) -> plt.Figure:
 
 def body(config: Config) -> None:
     """Check everything, prune block by block, write the checkpoint whole."""
-    settings = config.settings()
-    if config.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype {config.dtype}: expected float32 or bfloat16")
-    connect(config.coordinator, config.processes, config.process)
-    if config.heldout is not None and config.heldout < 1:
-        raise InputError(f"--heldout {config.heldout}: expected 1 or more")
+    settings, devices = config.settings(), config.devices
+    check_sizes(config.data.windows, config.data.seqlen)
+    if config.data.heldout is not None and config.data.heldout < 1:
+        raise InputError(f"--heldout {config.data.heldout}: expected 1 or more")
+    connect(devices.coordinator, devices.processes, devices.process, devices.coordinator_timeout)
+    check_mesh(devices.mesh)
     if finished_before(config):
-        by_writer(lambda: shutil.rmtree(work_folder(config.out), ignore_errors=True))
-        print(f"{config.out}: finished already")
+        on_process_zero(lambda: shutil.rmtree(work_folder(config.run.out), ignore_errors=True))
+        print(f"{config.run.out}: finished already")
         return
-    by_writer(lambda: check_new_folder(config.out))
-    folder = llama.locate(config.model)
+    on_process_zero(lambda: check_new_folder(config.run.out))
+    folder = llama.locate(config.data.model)
     shape = llama.load_config(folder)
     settings.check(shape)
     calibration, heldout = calibration_windows(
-        config.calibration,
+        config.data.calibration,
         Tokenizer(folder, shape.vocab_size),
-        windows=config.windows,
-        seqlen=config.seqlen,
-        heldout=config.heldout,
-        seed=config.seed,
+        windows=config.data.windows,
+        seqlen=config.data.seqlen,
+        heldout=config.data.heldout,
+        seed=config.run.seed,
     )
     hidden = 4 * shape.hidden_size * (2 * calibration.tokens.size + heldout.tokens.size)
     print(
@@ -212,12 +208,14 @@ def body(config: Config) -> None:
         "calibration": calibration.hashes(),
         "heldout": heldout.hashes(),
     }
-    work = work_folder(config.out)
+    work = work_folder(config.run.out)
     with (
-        use_mesh(config.mesh, shape.num_key_value_heads),
-        RunFolder(work, config, resume=config.resume, inputs=inputs) as run,
+        use_mesh(config.devices.mesh, shape.num_key_value_heads),
+        RunFolder(work, config, resume=config.run.resume, inputs=inputs) as run,
     ):
-        model = llama.load(folder, config.dtype)
+        if config.run.resume:
+            on_process_zero(lambda: remove_partial_folders(config.run.out))
+        model = llama.load(folder, config.data.dtype)
         masks: dict[str, np.ndarray] = {}
         rows: list[dict[str, Any]] = []
         total = units(settings, shape)
@@ -232,7 +230,7 @@ def body(config: Config) -> None:
             ):
                 masks |= {f"{layer}.{name}": mask for name, mask in kept.items()}
                 rows += new
-        by_writer(
+        on_process_zero(
             lambda: write(config, model, folder, masks, rows, calibration, heldout, run.inputs)
         )
     run.remove()
@@ -261,17 +259,18 @@ def write(
         "attention_error": rows,
         "peak_device_memory": _peak_memory(),
     }
-    with new_folder(config.out) as folder:
+    with new_folder(config.run.out) as folder:
         write_weights(model, source, folder)
         write_arrays(folder / "keep_masks.npz", **masks)
         metrics.to_csv(folder / "metrics.csv", index=False)
-        title = f"{config.model}: {config.method} on {config.targets}, sparsity {config.sparsity}"
+        what = f"{config.method} on {config.targets}, sparsity {config.sparsity}"
+        title = f"{config.data.model}: {what}"
         plotting.save(summary_figure(metrics, title), folder, "summary")
         write_json(folder / "pruning.json", report)
     mean = metrics[["calibration_error", "heldout_error"]].mean()
     removed = np.mean([value for values in achieved.values() for value in values])
     print(
-        f"{config.out}: {removed:.4f} of the pruned matrices is zero; relative attention error "
+        f"{config.run.out}: {removed:.4f} of the pruned matrices is zero; relative attention error "
         f"{mean['calibration_error']:.4f} on calibration, {mean['heldout_error']:.4f} held-out"
     )
 

@@ -49,7 +49,13 @@ from jaxprune.models.llama.modeling import (
 from jaxprune.pipeline.block import BlockSettings, block_context, block_descent
 from jaxprune.pipeline.distillation import DistillationContext, DistillationSettings, distillation
 from jaxprune.runs.folder import RunFolder
-from jaxprune.sharding import agreed, by_writer, split_columns, split_windows, whole
+from jaxprune.sharding import (
+    broadcast_flag,
+    gather,
+    on_process_zero,
+    split_columns,
+    split_windows,
+)
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import read_arrays, write_arrays
 
@@ -100,29 +106,26 @@ class PruneSettings:
         return self.method == "descent" and self.refit
 
     def check(self, config: LlamaConfig) -> None:
-        """Raise ``InputError``, naming the flag, for choices that cannot work."""
+        """Raise ``InputError``, naming the argument, for choices that cannot work."""
         if self.method not in METHODS:
-            raise InputError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
+            raise InputError(f"method {self.method}: expected one of {', '.join(METHODS)}")
         if self.targets not in TARGETS:
-            raise InputError(f"--targets {self.targets}: expected one of {', '.join(TARGETS)}")
+            raise InputError(f"targets {self.targets}: expected one of {', '.join(TARGETS)}")
         if not self.refit and (self.method, self.targets) != ("descent", "qk"):
-            raise InputError("--no-refit: only with --method descent and --targets qk")
+            raise InputError("refit=False: only with method=descent and targets=qk")
         if self.steps is not None and self.steps < 1:
-            raise InputError(f"--steps {self.steps}: expected 1 or more")
+            raise InputError(f"steps {self.steps}: expected 1 or more")
         if self.distill is not None and self.distill < 0:
-            raise InputError(f"--distill {self.distill}: expected 0 or more steps")
+            raise InputError(f"distill {self.distill}: expected 0 or more steps")
         if self.distill and not self.adapts:
-            raise InputError("--distill: only with --method descent, and not with --no-refit")
+            raise InputError("distill: only with method=descent, and not with refit=False")
         if self.batch < 1:
-            raise InputError(f"--batch {self.batch}: expected 1 or more")
+            raise InputError(f"batch {self.batch}: expected 1 or more")
         widths = {config.hidden_size}
         if self.targets == "all":
             widths |= {config.num_attention_heads * config.head_dim, config.intermediate_size}
         for width in sorted(widths):
-            try:
-                self.sparsity.check_divides(width)
-            except InputError as error:
-                raise InputError(f"--sparsity: {error}") from None
+            self.sparsity.check_divides(width)
 
 
 PrunedBlock = tuple[int, dict[str, np.ndarray], list[dict[str, Any]]]
@@ -252,7 +255,7 @@ def _distill(
             judged = _head_rows(layer, unpruned, model.block_weights(layer), streams, extra)
             rows += [old | new for old, new in zip(found, judged, strict=True)]
             streams = streams.after(unpruned, None, settings.batch)
-        work.finish(**{w: whole(weights[w]) for w in names})
+        work.finish(**{w: gather(weights[w]) for w in names})
         return rows
 
     rows = run.part(name, compute)
@@ -317,7 +320,7 @@ class _Streams(NamedTuple):
         return cls(hidden, hidden, fresh, model.config)
 
     def after(self, dense: BlockWeights, pruned: BlockWeights | None, batch: int) -> _Streams:
-        """Behind a block; without ``pruned``, the stream of the pruned model stays behind."""
+        """Streams after a block; without ``pruned``, that stream is not advanced."""
         through = partial(next_hidden, config=self.config, batch=batch)
         return self._replace(
             dense=through(dense, self.dense),
@@ -345,7 +348,7 @@ class _Work:
 
     def load(self, start: DescentState) -> DescentState:
         """The saved state, or ``start``."""
-        if not agreed(self._file.exists()):
+        if not broadcast_flag(self._file.exists()):
             return start
         leaves, form = jax.tree.flatten(start)
         remedy = "delete it to begin this part anew"
@@ -360,9 +363,9 @@ class _Work:
         """Called after every chunk; writes where that is cheap enough."""
         del trace
         now = time.monotonic()
-        if agreed(now - self._saved_at >= self._cost / _SAVING_SHARE):
-            arrays = {str(i): whole(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-            by_writer(lambda: write_arrays(self._file, **arrays))
+        if broadcast_flag(now - self._saved_at >= self._cost / _SAVING_SHARE):
+            arrays = {str(i): gather(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+            on_process_zero(lambda: write_arrays(self._file, **arrays))
             self._saved_at = time.monotonic()
             self._cost = self._saved_at - now
         self.report(math.ceil(int(state.step) / Descent.chunk_size))
@@ -374,7 +377,7 @@ class _Work:
             write_arrays(self.run.part_file(self.name), **arrays)
             self._file.unlink(missing_ok=True)
 
-        by_writer(write)
+        on_process_zero(write)
 
 
 def _prune_block(
@@ -402,8 +405,8 @@ def _prune_block(
             )
     rows = _head_rows(layer, dense, dense._replace(**weights), streams, extra)
     work.finish(
-        **{name: whole(weights[name].astype(jnp.float32)) for name in names},
-        **{f"keep_{name}": whole(kept[name]) for name in names},
+        **{name: gather(weights[name].astype(jnp.float32)) for name in names},
+        **{f"keep_{name}": gather(kept[name]) for name in names},
     )
     return rows
 
@@ -421,7 +424,7 @@ def _head_rows(
         error, energy = head_errors(
             x, (pruned.wq, pruned.wk), x, (dense.wq, dense.wk), rope, settings
         )
-        columns.append(whole(error / energy))
+        columns.append(gather(error / energy))
         if not np.isfinite(columns[-1]).all():
             raise InputError(
                 f"block {layer}: its attention is not finite; check weights and activations"

@@ -61,7 +61,7 @@ class Corpus:
 
 
 def calibration_corpus(source: str) -> Corpus:
-    """What ``--calibration`` names; of corpora with splits, the train split.
+    """A text to calibrate on; of corpora with splits, the train split.
 
     Raises:
       InputError: there is no such corpus or file.
@@ -76,7 +76,7 @@ def calibration_corpus(source: str) -> Corpus:
 
 
 def evaluation_corpus(source: str) -> Corpus:
-    """What ``--text`` names; of corpora with splits, the one that perplexities are quoted on.
+    """A text to evaluate on; of corpora with splits, the one that perplexities are quoted on.
 
     Raises:
       InputError: there is no such corpus or file.

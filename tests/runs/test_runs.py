@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 from jaxprune.errors import InputError
-from jaxprune.runs.metrics import Columns, read_metrics
 from jaxprune.runs.folder import RunFolder, recorded
-from jaxprune.storage import check_writable, replacing, write_arrays, write_json
+from jaxprune.runs.metrics import Columns, read_metrics
 from jaxprune.runs.repetition import differences
+from jaxprune.storage import check_writable, replacing, write_arrays, write_json
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def test_an_interrupted_part_is_never_seen(tmp_path):
 def test_a_run_is_not_overwritten_unless_resumed(tmp_path):
     with RunFolder(tmp_path, Settings()):
         pass
-    with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
+    with pytest.raises(ValueError, match="holds a run already; resume=True continues it"):
         RunFolder(tmp_path, Settings()).__enter__()
     with RunFolder(tmp_path, Settings(out=tmp_path, resume=True), resume=True):
         pass
@@ -132,7 +132,7 @@ def test_a_run_is_not_continued_with_other_settings(tmp_path):
     with RunFolder(tmp_path, Settings()):
         pass
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
-    with pytest.raises(ValueError, match=r"holds a run with --steps 3, not 4; choose another"):
+    with pytest.raises(ValueError, match=r"holds a run with steps=3, not 4; choose another"):
         RunFolder(tmp_path, Settings(steps=4), resume=True).__enter__()
     after = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
     assert before == after
@@ -163,10 +163,10 @@ def test_the_lock_is_free_after_an_error(tmp_path):
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):
     for out in unwritable(tmp_path):
-        with pytest.raises(ValueError, match=f"--out {out}: cannot write there"):
+        with pytest.raises(ValueError, match=f"out {out}: cannot write there"):
             RunFolder(out, Settings()).__enter__()
-        with pytest.raises(ValueError, match=f"--cache {out}: cannot write there"):
-            check_writable(out, "--cache")
+        with pytest.raises(ValueError, match=f"cache {out}: cannot write there"):
+            check_writable(out, "cache")
     assert files(tmp_path) == ["file"]
 
 
@@ -304,7 +304,7 @@ def test_damaged_parts_are_named_with_the_remedy(kept, content):
     run, rows, _ = kept
     rows.write_text(content)
     for read in (lambda: run.part("a", list), lambda: run.part_arrays("a")):
-        with pytest.raises(InputError, match=rf"{rows}: damaged.*delete it, and --resume"):
+        with pytest.raises(InputError, match=rf"{rows}: damaged.*delete it, and resume=True"):
             read()
 
 

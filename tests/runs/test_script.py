@@ -4,14 +4,17 @@ import contextlib
 import io
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import pytest
 
-from jaxprune.runs.script import Flag, run_script, use_compilation_cache
 from jaxprune.errors import InputError
+from jaxprune.runs import flags
+from jaxprune.runs.flags import Flag
+from jaxprune.runs.script import run_script, use_compilation_cache
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,7 @@ class Config:
     """fraction removed"""
     k: tuple[int, ...] = (16, 64)
     """widths of a head"""
-    out: Path = Path("runs/x")
-    """folder of the run"""
-    resume: Flag = False
-    """go on"""
+    run: Annotated[flags.Folder, flags.RUN] = field(default=flags.Folder(out=Path("runs/x")))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def run(capsys, monkeypatch):
 
 def test_flags_become_the_dataclass(run):
     argv = ["--ratio", "0.25", "--k", "8", "32", "--out", "there", "--resume"]
-    expected = Config(ratio=0.25, k=(8, 32), out=Path("there"), resume=True)
+    expected = Config(0.25, (8, 32), flags.Folder(out=Path("there"), resume=True))
     assert run(argv) == (0, [expected], "", "")
     assert run([]) == (0, [Config()], "", "")
 
@@ -128,7 +128,7 @@ def test_an_interruption_says_how_to_go_on_and_is_status_130(run):
 def test_a_second_interruption_does_not_disturb_the_exit(tmp_path):
     code = """
 import atexit, os, signal, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from jaxprune.runs.script import run_script
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def test_without_a_bos_windows_are_text_alone(checkpoint, text):
     windows = data.evaluation_windows(str(text), tokenizer, seqlen=16)
     np.testing.assert_array_equal(windows.tokens.ravel(), ids[:992])
     assert chosen.protocol["bos"] == windows.protocol["bos"] == "none"
-    with pytest.raises(InputError, match="--bos-per-window"):
+    with pytest.raises(InputError, match="bos_per_window"):
         data.evaluation_windows(str(text), tokenizer, bos_per_window=True)
 
 
@@ -181,9 +181,9 @@ def test_requests_that_make_no_sense(tokenizer, text, tmp_path):
         with pytest.raises(InputError, match="no such file; give zoo, c4, wikitext2"):
             data.evaluation_windows(source, tokenizer)
     for function in (data.calibration_windows, data.evaluation_windows):
-        with pytest.raises(InputError, match="--windows must be at least 1"):
+        with pytest.raises(InputError, match="windows must be at least 1"):
             function(str(text), tokenizer, windows=0)
-        with pytest.raises(InputError, match="--seqlen must be at least 2"):
+        with pytest.raises(InputError, match="seqlen must be at least 2"):
             function(str(text), tokenizer, seqlen=1)
         with pytest.raises(InputError, match="has 1000 tokens, but"):
             function(str(text), tokenizer, windows=10**9)

@@ -25,7 +25,7 @@ from safetensors.numpy import save as save_tensors
 
 from jaxprune.errors import InputError
 from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.models.llama.files import SINGLE_FILE, TensorFiles, changing, copy_carried
+from jaxprune.models.llama.files import SINGLE_FILE, TensorFiles, copy_carried, patch_tensors
 from jaxprune.models.llama.modeling import BlockWeights, Llama
 from jaxprune.storage import new_folder, read_json, write_json
 
@@ -150,7 +150,7 @@ def write_weights(model: Llama, source: Path, folder: Path) -> None:
     for file in files.files:
         copy = folder / file.name
         shutil.copyfile(file, copy)
-        with changing(copy) as replace:
+        with patch_tensors(copy) as replace:
             for name, place in places.items():
                 if files.tensors[name].file == file:
                     stored = files.read(name)

@@ -171,7 +171,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def changing(file: Path) -> Iterator[Any]:
+def patch_tensors(file: Path) -> Iterator[Any]:
     """Yield ``replace(name, tensor)``, which overwrites a tensor of a safetensors file in place.
 
     The layout of the file, its header and all other bytes stay.
