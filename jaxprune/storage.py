@@ -75,12 +75,20 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a name that is there twice, readers take one value or the other."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+    twice = first_repeated(name for name, _ in pairs)
+    if twice is not None:
         raise InputError(f"names {twice!r:.60} twice; remove one of them")
-    return content
+    return dict(pairs)
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that was there before, ``None`` where all are different."""
+    seen = set[str]()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:

@@ -44,11 +44,13 @@ from jaxprune.evaluation.comparison import (
     search_algorithm1,
 )
 from jaxprune.evaluation.heads import Layers, fitting_heads, from_file, from_model
+from jaxprune.models import llama
+from jaxprune.models.llama.checkpoint import context_note
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.configuration import Group, flat
 from jaxprune.runs.folder import RunFolder
 from jaxprune.runs.metrics import Columns
-from jaxprune.runs.script import Experiment, run_experiment, run_script
+from jaxprune.runs.script import Experiment, notice, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import read_arrays, replacing, write_arrays, write_json
 
@@ -502,6 +504,9 @@ def report(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
 def prepare(config: Config) -> Experiment:
     """Read what the heads are taken from."""
     source = config.source()
+    if config.data.model is not None:
+        seqlen = source.protocol["calibration"]["seqlen"]
+        notice(context_note(llama.locate(config.data.model), seqlen))
 
     def rows(run: RunFolder) -> list[dict[str, Any]]:
         write_json(run.path / "protocol.json", source.protocol)

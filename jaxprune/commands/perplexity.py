@@ -12,10 +12,11 @@ from typing import Annotated, ClassVar
 
 from jaxprune.evaluation import perplexity
 from jaxprune.models import llama
+from jaxprune.models.llama.checkpoint import context_note
 from jaxprune.runs import flags
-from jaxprune.runs.script import run_script
+from jaxprune.runs.script import notice, run_script
 from jaxprune.text.tokenizer import Tokenizer
-from jaxprune.text.windows import evaluation_windows
+from jaxprune.text.windows import check_sizes, evaluation_windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ def measure(config: PerplexityConfig) -> None:
     """Load, evaluate, print; the text is read first, as it is quicker to be wrong about."""
     data, batch = config.data, config.devices.batch
     perplexity.check_batch(batch)
+    check_sizes(data.windows, data.seqlen)
     folder = llama.locate(data.model)
     windows = evaluation_windows(
         data.text,
@@ -57,6 +59,7 @@ def measure(config: PerplexityConfig) -> None:
         seqlen=data.seqlen,
         bos_per_window=data.bos_per_window,
     )
+    notice(context_note(folder, windows.tokens.shape[1]))
     report = perplexity.evaluate(llama.load(folder, data.dtype), windows, batch=batch)
     print(json.dumps({"model": data.model, **report}))
 

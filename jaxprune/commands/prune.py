@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from jaxprune.errors import InputError
 from jaxprune.models import llama
-from jaxprune.models.llama.checkpoint import write_weights
-from jaxprune.models.llama.files import checkpoint_hashes
+from jaxprune.models.llama.checkpoint import context_note, write_weights
+from jaxprune.models.llama.files import check_outside, checkpoint_hashes
 from jaxprune.pipeline.model import (
     TARGETS,
     Progress,
@@ -40,7 +40,7 @@ from jaxprune.pipeline.model import (
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.configuration import configuration, differing
 from jaxprune.runs.folder import RunFolder, environment, recorded_configuration
-from jaxprune.runs.script import run_script
+from jaxprune.runs.script import notice, run_script
 from jaxprune.sharding import check_mesh, connect, is_writer, on_process_zero, use_mesh
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import (
@@ -111,6 +111,20 @@ class Config:
         """Folders in which the settings of this run may be recorded."""
         return self.run.out, work_folder(self.run.out)
 
+    def check_used(self) -> None:
+        """Raise ``InputError`` for flags without an effect on this method.
+
+        Not for runs that were begun when they were accepted.
+        """
+        if self.method == "descent" or self.run.resume or self.run.repeat is not None:
+            return
+        given_flags = {"steps": self.steps is not None, "no_propagate": not self.propagate}
+        for name, given in given_flags.items():
+            if given:
+                raise InputError(
+                    f"{flags.flag_of(name)}: has no effect on {self.method}; leave it out"
+                )
+
     def settings(self) -> PruneSettings:
         """What the pipeline needs to know."""
         return PruneSettings(
@@ -170,6 +184,7 @@ def summary_figure(metrics: pd.DataFrame, title: str) -> plt.Figure:
 
 def body(config: Config) -> None:
     """Check everything, prune block by block, write the checkpoint whole."""
+    config.check_used()
     settings, devices = config.settings(), config.devices
     check_sizes(config.data.windows, config.data.seqlen)
     if config.data.heldout is not None and config.data.heldout < 1:
@@ -183,6 +198,7 @@ def body(config: Config) -> None:
     on_process_zero(lambda: check_new_folder(config.run.out))
     folder = llama.locate(config.data.model)
     shape = llama.load_config(folder)
+    check_outside(config.run.out, folder)
     settings.check(shape)
     calibration, heldout = calibration_windows(
         config.data.calibration,
@@ -192,6 +208,7 @@ def body(config: Config) -> None:
         heldout=config.data.heldout,
         seed=config.run.seed,
     )
+    notice(context_note(folder, calibration.tokens.shape[1]))
     hidden = 4 * shape.hidden_size * (2 * calibration.tokens.size + heldout.tokens.size)
     print(
         f"{config.method} on {', '.join(TARGETS[config.targets])} of {shape.num_hidden_layers} "

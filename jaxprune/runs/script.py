@@ -34,6 +34,7 @@ from jaxprune.runs.folder import (
 )
 from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
 from jaxprune.runs.repetition import differences
+from jaxprune.sharding import is_writer
 from jaxprune.storage import replacing
 
 Config = TypeVar("Config")
@@ -348,6 +349,12 @@ def run_script(
                 atexit.register(signal.signal, number, signal.SIG_IGN)
             print(f"{prog}: interrupted{_continues(config)}", file=sys.stderr)
             return 130
+
+
+def notice(text: str | None) -> None:
+    """Print a line on standard error, if there is one and this process is to print."""
+    if text is not None and is_writer():
+        print(f"note: {text}", file=sys.stderr)
 
 
 def _failed(prog: str, message: str) -> int:

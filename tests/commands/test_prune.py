@@ -36,8 +36,9 @@ def text(tmp_path):
 
 
 def flags(model, text, out, *more, distill=0):
-    fixed = ["--windows", "8", "--seqlen", "32", "--heldout", "2", "--steps", "60"]
-    fixed += ["--distill", distill]
+    fixed = ["--windows", "8", "--seqlen", "32", "--heldout", "2", "--distill", distill]
+    if "--method" not in more or "descent" in more:
+        fixed += ["--steps", "60"]
     named = ["--model", model, "--calibration", text, "--out", out]
     return [str(a) for a in (*named, *fixed, *more)]
 
@@ -183,6 +184,11 @@ def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
         (("--distill", "5", "--no-refit"), "--distill"),
         (("--distill", "-1"), "--distill"),
         (("--steps", "0"), "--steps"),
+        (("--steps", "9", "--method", "magnitude"), "--steps: has no effect on magnitude"),
+        (("--no-propagate", "--method", "wanda"), "--no-propagate: has no effect on wanda"),
+        (("--mesh", "1x64"), "--mesh 1x64: expected SxH whose product"),
+        (("--mesh", "wide", "--calibration", "c4"), "--mesh wide: expected SxH"),
+        (("--coordinator", "nonsense"), "--coordinator 'nonsense': expected HOST:PORT"),
         (("--batch", "0"), "--batch"),
         (("--windows", "9999"), "needs"),
         (("--calibration", "/nowhere.txt"), "nowhere"),

@@ -388,7 +388,7 @@ class TestRepeat:
         model = checkpoint("untied_gqa")
         (model / "text.txt").write_text("the cat sat on the mat. " * 40)
         flags = ["--model", model, "--calibration", model / "text.txt", "--windows", "2"]
-        flags += ["--seqlen", "16", "--heldout", "1", "--method", "wanda", "--no-propagate"]
+        flags += ["--seqlen", "16", "--heldout", "1", "--method", "wanda", "--batch", "4"]
         prune = script("prune").main
         assert prune([*map(str, flags), "--out", str(tmp_path / "out")]) == 0
         again = ["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again")]
