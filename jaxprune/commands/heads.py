@@ -132,7 +132,8 @@ class Config:
         data = self.data
         if (data.input is None) == (data.model is None):
             raise InputError("--model or --input: expected one of them, see --help")
-        if data.input is not None:
+        # Runs that were begun when such flags were accepted go on.
+        if data.input is not None and not self.run.resume and self.run.repeat is None:
             self._check_of_a_file()
         for ratio in self.ratios:
             try:

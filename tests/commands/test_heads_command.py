@@ -368,6 +368,8 @@ def test_an_array_of_objects_is_not_unpickled(heads, capsys, tmp_path, layer):
         (["--methods", "best"], "--methods best: expected some of algorithm1, wanda"),
         (["--methods"], "--methods"),
         (["--head-batch", "0"], "--head-batch"),
+        (["--layers", "0"], "--layers: has no effect with --input"),
+        (["--windows", "3"], "--windows: has no effect with --input"),
         (["--steps", "0"], "--steps"),
         (["--batch-size", "0"], "--batch-size"),
         (["--nothing"], "--nothing"),

@@ -238,3 +238,43 @@ def test_a_bfloat16_model_gives_nearly_the_same_masks(prune, checkpoint, text, t
 def test_an_unknown_dtype_is_refused(prune, checkpoint, text, tmp_path, capsys):
     assert prune(flags(checkpoint(MODEL), text, tmp_path / "out", "--dtype", "float16")) == 2
     assert "--dtype float16" in capsys.readouterr().err
+
+
+def test_a_termination_amid_the_last_write_leaves_nothing(
+    prune, checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    from jaxprune.commands import prune as command
+
+    def terminated(model, source, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(command, "write_weights", terminated)
+    arguments = flags(checkpoint(MODEL), text, tmp_path / "out", "--method", "magnitude")
+    assert prune(arguments) == 130
+    signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.endswith(
+        "interrupted; the same command with --resume continues\n"
+    )
+    assert [p.name for p in tmp_path.glob(".out*")] == [".out.work"]
+    # What a process left that was killed there.
+    (tmp_path / ".out-abcd_123.partial").mkdir()
+    monkeypatch.undo()
+    assert prune([*arguments, "--resume"]) == 0
+    assert [p.name for p in tmp_path.glob(".out*")] == []
+
+
+def test_an_output_inside_the_model_is_refused(prune, checkpoint, text, capsys):
+    model = checkpoint(MODEL)
+    assert prune(flags(model, text, model / "pruned")) == 2
+    assert f"--out {model / 'pruned'}: is inside the folder of the model" in capsys.readouterr().err
+    assert not list(model.glob("*pruned*"))
+
+
+def test_windows_beyond_the_context_are_noted(prune, checkpoint, text, tmp_path, capsys):
+    more = ("--method", "magnitude", "--seqlen", "65")
+    assert prune(flags(checkpoint(MODEL), text, tmp_path / "out", *more)) == 0
+    assert "note: windows of 65 tokens are longer than the model's context, 64\n" in (
+        capsys.readouterr().err
+    )

@@ -295,7 +295,7 @@ BROKEN = {
     "binary config": (
         "untied_gqa",
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
-        "not valid JSON",
+        "begins with a byte-order mark",
     ),
     "bias": ("untied_gqa", lambda f: edit(f / "config.json", mlp_bias=True), "mlp_bias"),
     "wrong shape": ("untied_gqa", lambda f: edit(f / "config.json", hidden_size=24), "misshapen"),
