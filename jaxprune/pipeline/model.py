@@ -47,7 +47,7 @@ from jaxprune.pipeline.settings import PruneSettings
 from jaxprune.pipeline.streams import Streams, linear_inputs, mean_statistic
 from jaxprune.pipeline.work import Problem, Report, Solution, Work, solve
 from jaxprune.runs.folder import RunFolder
-from jaxprune.sharding import whole
+from jaxprune.sharding import gather
 from jaxprune.sparsity import Sparsity
 
 # Distillation goes through the whole model, dense and pruned, in every step: it is left out above
@@ -229,8 +229,8 @@ def _prune_block(
     pruned = dense._replace(**solution.weights)
     rows = _head_rows(layer, dense, pruned, streams, solution.remarks)
     work.finish(
-        **{name: whole(solution.weights[name].astype(jnp.float32)) for name in settings.names},
-        **{f"keep_{name}": whole(solution.keep_masks[name]) for name in settings.names},
+        **{name: gather(solution.weights[name].astype(jnp.float32)) for name in settings.names},
+        **{f"keep_{name}": gather(solution.keep_masks[name]) for name in settings.names},
     )
     return rows
 
@@ -320,7 +320,7 @@ def _distill(
             judged = _head_rows(layer, unpruned, model.block_weights(layer), streams, extra)
             rows += [old | new for old, new in zip(found, judged, strict=True)]
             streams = streams.after(unpruned, None, settings.batch)
-        work.finish(**{w: whole(solution.weights[w]) for w in names})
+        work.finish(**{w: gather(solution.weights[w]) for w in names})
         return rows
 
     rows = run.part(name, compute)
@@ -361,7 +361,7 @@ def _head_rows(
         error, energy = head_errors(
             x, (pruned.wq, pruned.wk), x, (dense.wq, dense.wk), form, settings
         )
-        columns.append(whole(error / energy))
+        columns.append(gather(error / energy))
         if not np.isfinite(columns[-1]).all():
             raise InputError(
                 f"block {layer}: its attention is not finite; check weights and activations"

@@ -84,8 +84,8 @@ class PruneSettings:
         """What finds the masks before kept weights adapt."""
         return "gauss-newton" if self.method == "descent" else self.method
 
-    def check(self, config: LlamaConfig) -> None:
-        """Raise ``InputError``, naming the setting, for choices that cannot work."""
+    def check_names(self) -> None:
+        """Raise ``InputError``, naming the setting, for choices that work with no model."""
         if self.method not in METHODS:
             raise InputError(f"method {self.method}: expected one of {', '.join(METHODS)}")
         if self.targets not in TARGETS:
@@ -94,17 +94,21 @@ class PruneSettings:
             raise InputError(f"start {self.start}: expected one of {', '.join(STARTS)}")
         self._check_allocation()
         if self.refit is False and (self.method, self.targets) != ("descent", "qk"):
-            raise InputError("refit: False only with method descent and targets qk")
+            raise InputError("refit=False: only with method=descent and targets=qk")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps {self.steps}: expected 1 or more")
         if self.steps is not None and not (self.refits or self.gradual):
-            raise InputError(f"steps: method {self.method} takes none without refit")
+            raise InputError(f"steps: has no effect on {self.method} without `refit`; leave it out")
         if self.distill is not None and self.distill < 0:
             raise InputError(f"distill {self.distill}: expected 0 or more steps")
         if self.distill and self.refit is False:
-            raise InputError("distill: not where refit is False, which keeps the weights' values")
+            raise InputError("distill: not with refit=False, which keeps the weights' values")
         if self.batch < 1:
             raise InputError(f"batch {self.batch}: expected 1 or more")
+
+    def check(self, config: LlamaConfig) -> None:
+        """``check_names``, and that N:M groups divide the matrices of a model."""
+        self.check_names()
         widths = {config.hidden_size}
         if self.targets == "all":
             widths |= {config.num_attention_heads * config.head_dim, config.intermediate_size}

@@ -283,7 +283,7 @@ def refuse(heads, capsys, tmp_path, *arguments):
     status = heads.main([*map(str, arguments), "--out", str(out)])
     shown = capsys.readouterr()
     assert status == 2
-    assert shown.err.startswith("llama_heads.py: error: ")
+    assert shown.err.startswith("jaxprune heads: error: ")
     assert shown.err.count("\n") == 1
     assert not out.exists()
     return shown.err
@@ -346,7 +346,7 @@ def test_a_file_that_is_not_an_npz_is_one_line(heads, capsys, tmp_path, kind):
     path.write_bytes(damaged()[kind])
     message = refuse(heads, capsys, tmp_path, "--input", path)
     assert f"--input {path}: not a" in message
-    assert message.endswith("; expected x, wq, wk as in --help\n")
+    assert message.endswith("; expected the arrays x, wq and wk\n")
 
 
 def test_an_array_of_objects_is_not_unpickled(heads, capsys, tmp_path, layer):
@@ -368,6 +368,8 @@ def test_an_array_of_objects_is_not_unpickled(heads, capsys, tmp_path, layer):
         (["--methods", "best"], "--methods best: expected some of algorithm1, wanda"),
         (["--methods"], "--methods"),
         (["--head-batch", "0"], "--head-batch"),
+        (["--layers", "0"], "--layers: has no effect with --input"),
+        (["--windows", "3"], "--windows: has no effect with --input"),
         (["--steps", "0"], "--steps"),
         (["--batch-size", "0"], "--batch-size"),
         (["--nothing"], "--nothing"),

@@ -136,6 +136,9 @@ class LlamaConfig:
             "tie_word_embeddings": content.get("tie_word_embeddings", False),
         }
         _check_fields(fields)
+        context = content.get("max_position_embeddings")
+        if context is not None:
+            _check_size("max_position_embeddings", context, 2**31)
         floats = {field: float(fields[field]) for field in ("rms_norm_eps", "rope_theta")}
         return cls(**fields | floats)
 
