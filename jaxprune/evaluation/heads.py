@@ -20,10 +20,11 @@ import numpy as np
 from jaxprune.attention import check_finite
 from jaxprune.errors import InputError
 from jaxprune.evaluation.comparison import FusedProblem
+from jaxprune.evaluation.fused_llama import check_fusable
 from jaxprune.models import llama
 from jaxprune.models.llama.activations import attention_inputs
 from jaxprune.models.llama.files import checkpoint_hashes
-from jaxprune.models.llama.modeling import BlockWeights
+from jaxprune.models.llama.modeling import BlockWeights, attention_form
 from jaxprune.storage import hashes, read_arrays
 from jaxprune.text.tokenizer import Tokenizer
 from jaxprune.text.windows import calibration_windows
@@ -82,7 +83,7 @@ def from_model(
     seed: int = 0,
     dtype: str = "float32",
 ) -> Layers:
-    """Layers of a Llama with its activations on calibration and held-out windows.
+    """Layers of a model with its activations on calibration and held-out windows.
 
     Hidden states of both sets of windows go from block to block; those of one layer are held.
 
@@ -97,10 +98,12 @@ def from_model(
       dtype: of the model's weights and activations; problems are float32.
 
     Raises:
-      InputError: the model or text cannot be read, there is no such layer, or nothing held out.
+      InputError: the model or text cannot be read, there is no such layer, nothing held out, or
+        attention that fused weights do not describe.
     """
     folder = llama.locate(model)
     config = llama.load_config(folder)
+    check_fusable(config)
     blocks = config.num_hidden_layers
     wrong = [layer for layer in layers if not 0 <= layer < blocks]
     if wrong:
@@ -111,6 +114,7 @@ def from_model(
     fit, fresh = calibration_windows(
         calibration, tokenizer, windows=windows, seqlen=seqlen, heldout=heldout, seed=seed
     )
+    llama.check_length(config, fit.tokens.shape[1])
     indices = tuple(sorted(set(layers))) or tuple(range(blocks))
 
     def read() -> Iterator[tuple[int, FusedProblem]]:
@@ -138,12 +142,17 @@ def from_model(
 def of_block(
     weights: BlockWeights, config: llama.LlamaConfig, x: jax.Array, x_heldout: jax.Array
 ) -> FusedProblem:
-    """The heads of a block as problems, in float32."""
+    """The heads of a block as problems, in float32.
+
+    They are those of tokens at one position: no rotation, but the factor of yarn's scaling.
+    """
     wide = partial(jnp.asarray, dtype=jnp.float32)
-    shape = (config.hidden_size, -1, config.head_dim)
-    return FusedProblem.of_layer(
-        wide(x), wide(x_heldout), wide(weights.wq).reshape(shape), wide(weights.wk).reshape(shape)
+    wq, wk = (
+        wide(w).reshape(config.hidden_size, -1, config.head_dim) for w in (weights.wq, weights.wk)
     )
+    factor = attention_form(weights, config).rope_factor
+    wq = wq if factor is None else wq * factor**2
+    return FusedProblem.of_layer(wide(x), wide(x_heldout), wq, wk)
 
 
 def read_layer(path: Path) -> FusedProblem:
