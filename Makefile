@@ -10,7 +10,7 @@ PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
 MODULES = $(sort $(subst /,.,$(patsubst %/__init__,%,$(basename $(shell find jaxprune -name '*.py')))))
 
 .DEFAULT_GOAL := help
-.PHONY: help env sweep headline figures gallery docs test test-fast mutants coverage bench bench-gpu lint format clean
+.PHONY: help env sweep headline figures gallery docs test test-slow mutants coverage bench bench-gpu lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | expand -t 14
@@ -44,17 +44,17 @@ docs: $(READY) ## API reference from docstrings: docs/api/index.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group docs
 	PYTHONWARNINGS='ignore:Error parsing type annotation,ignore:The module specification' $(BIN)/python -m pdoc --docformat google --output-directory docs/api $(MODULES)
 
-test: $(READY) ## all tests
-	$(BIN)/python -m pytest -q $(PARALLEL)
-
-test-fast: $(READY) ## tests that take seconds
+test: $(READY) ## the tests of a few minutes
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
+
+test-slow: $(READY) ## the others: kills by signal, memory limits, long fuzzing, whole runs
+	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
 
 mutants: $(READY) ## changes to the source that tests must notice (minutes)
 	$(BIN)/python tests/mutants.py
 
-coverage: $(READY) ## lines of jaxprune/ that the tests run; fails below 95%
-	$(BIN)/python -m pytest -q $(PARALLEL) --cov=jaxprune --cov-report=term-missing:skip-covered --cov-fail-under=95
+coverage: $(READY) ## lines of jaxprune/ that `make test` runs; fails below 95%
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" --cov=jaxprune --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 bench: $(READY) ## speed and memory against products and PyTorch: runs/benchmark
 	$(BIN)/python experiments/benchmark.py --resume --out runs/benchmark
@@ -63,10 +63,11 @@ bench-gpu: $(READY) ## on a GPU: the kernel, growth, a run of Llama-3.2-1B's sha
 	$(BIN)/python -m pip install --quiet 'jax[cuda12]'
 	$(BIN)/python experiments/benchmark.py --resume --parts kernel loss growth memory llama --out runs/benchmark-gpu
 
-lint: $(READY) ## style, formatting, types
+lint: $(READY) ## style, formatting, types, imports that run downwards only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(READY) ## rewrite files in the project's format
 	$(BIN)/ruff check --fix .

@@ -184,7 +184,7 @@ def settings_of(variant: str, sparsity: str, seed: int, config: Config) -> Prune
     )
     changes = VARIANTS[variant].changes
     settings = replace(plain, seed=seed, **changes)
-    if settings.adapts and "distill" not in changes:
+    if settings.refits and "distill" not in changes:
         settings = replace(settings, distill=config.distill)
     return settings
 

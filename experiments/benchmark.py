@@ -44,7 +44,13 @@ from jaxprune import baselines, softmax_error
 from jaxprune.attention import AttentionForm, contract
 from jaxprune.errors import InputError
 from jaxprune.methods.fused import DECAYS, algorithm1
-from jaxprune.methods.query_key import QueryKeySettings, query_key_context, query_key_descent
+from jaxprune.methods.query_key import (
+    QueryKeySettings,
+    query_key_context,
+    query_key_data,
+    query_key_descent,
+    query_key_importance,
+)
 from jaxprune.objective import fused_error
 from jaxprune.runs import plotting
 from jaxprune.runs.folder import RunFolder
@@ -400,11 +406,13 @@ def llama_part(config: Config) -> list[dict[str, Any]]:
 
     @jax.jit
     def context_of(weights: tuple, data: dict) -> Any:
-        return query_key_context(weights, data, AttentionForm(rope), settings)
+        context = query_key_context(weights, data["x"], AttentionForm(rope), settings)
+        data = query_key_data(data["x"], data["x"], context, settings)
+        return query_key_importance(context, data, settings), data
 
     @partial(jax.jit, donate_argnums=0)
     def chunk(state: Any, weights: tuple, data: dict, context: Any) -> Any:
-        descent = query_key_descent(weights, data, context, settings)
+        descent = query_key_descent(weights, context, settings)
         return descent.chunk(state, weights, data, None, jax.random.key(0))[0]
 
     seconds = []
@@ -412,8 +420,8 @@ def llama_part(config: Config) -> list[dict[str, Any]]:
         x, weights = jax.block_until_ready(start(jax.random.key(layer)))
         data = {"x": x, "x0": x}
         begin = time.perf_counter()
-        context = context_of(weights, data)
-        descent = query_key_descent(weights, data, context, settings)
+        context, data = context_of(weights, data)
+        descent = query_key_descent(weights, context, settings)
         state = jax.jit(lambda weights, descent=descent: descent.init(weights))(weights)
         for _ in range(descent.chunks):
             state = chunk(state, weights, data, context)

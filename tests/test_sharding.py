@@ -45,7 +45,7 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 from jaxprune.attention import AttentionForm
 from jaxprune.methods import query_key as factored
-from jaxprune.pipeline.model import _advance, _movable, _start
+from jaxprune.pipeline.work import advance, movable, start
 from jaxprune.sharding import split_windows, use_mesh, whole
 from jaxprune.sparsity import Sparsity
 
@@ -63,17 +63,19 @@ def local_part(leaf):
 
 
 def everything():
-    weights = _movable((jnp.asarray(wq), jnp.asarray(wk)))
-    data = {name: split_windows(jnp.asarray(x)) for name in ("x", "x0")}
-    context = factored.query_key_context(weights, data, form, settings)
-    descent = factored.query_key_descent(weights, data, context, settings)
+    weights = movable((jnp.asarray(wq), jnp.asarray(wk)))
+    windows = split_windows(jnp.asarray(x))
+    context = factored.query_key_context(weights, windows, form, settings)
+    data = factored.query_key_data(windows, windows, context, settings)
+    context = factored.query_key_importance(context, data, settings)
+    descent = factored.query_key_descent(weights, context, settings)
     half = jax.tree.map(lambda w: 0.5 * w, weights)
     value, gradient = jax.jit(jax.value_and_grad(descent.objective))(half, data)
     errors = factored.head_errors(x, half, x, weights, form, settings)
     make = factored.query_key_descent
-    state = _start(make, settings, weights, data, data, context)
+    state = start(make, settings, weights, data, context)
     parts = [[local_part(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim == 2]]
-    state, _ = _advance(
+    state, _ = advance(
         make, settings, state, weights, data, data, context, jax.random.key(0)
     )
     parts.append([local_part(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim == 2])

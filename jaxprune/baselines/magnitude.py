@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune.baselines.linear import PrunedLinear, check_linear, prune_by_score
+from jaxprune.baselines.registry import Baseline, register
 from jaxprune.sparsity import Group, Sparsity
 
 
@@ -30,3 +31,15 @@ def magnitude(
     sparsity = Sparsity.parse(sparsity)
     check_linear(None, w, sparsity)
     return prune_by_score(jnp.abs(w), w, sparsity, group)
+
+
+register(
+    Baseline(
+        "magnitude",
+        "magnitude",
+        lambda x, w, sparsity: magnitude(w, sparsity),
+        # Nothing of the inputs is needed.
+        moment=lambda x: jnp.zeros(()),
+        prune_from=lambda moment, w, sparsity: magnitude(w, sparsity),
+    )
+)

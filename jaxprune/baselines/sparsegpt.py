@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxprune.attention import accumulation_dtype, contract
 from jaxprune.baselines.linear import PrunedLinear, check_linear
+from jaxprune.baselines.registry import Baseline, register
 from jaxprune.errors import InputError
 from jaxprune.sparsity import Sparsity, keep_highest, keep_mask
 
@@ -210,3 +211,16 @@ def _prune_block(
         0, rows.shape[0], one_input, (rows, kept, jnp.zeros_like(rows))
     )
     return kept, rows, errors
+
+
+register(
+    Baseline(
+        "sparsegpt",
+        "SparseGPT",
+        sparsegpt,
+        group="block",
+        updates=True,
+        moment=hessian,
+        prune_from=sparsegpt_from_hessian,
+    )
+)

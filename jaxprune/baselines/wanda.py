@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxprune.attention import accumulation_dtype
 from jaxprune.baselines.linear import PrunedLinear, check_linear, prune_by_score
+from jaxprune.baselines.registry import Baseline, register
 from jaxprune.importance import feature_norms
 from jaxprune.sparsity import Group, Sparsity
 
@@ -49,3 +50,15 @@ def wanda_from_norms(
     """``wanda`` where the norms of the inputs are known, gathered batch by batch for instance."""
     scores = jnp.abs(w.astype(accumulation_dtype(w))) * norms[:, None]
     return prune_by_score(scores, w, sparsity, group)
+
+
+register(
+    Baseline(
+        "wanda",
+        "Wanda",
+        wanda,
+        group="output",
+        moment=lambda x: feature_norms(x) ** 2,
+        prune_from=lambda squares, w, sparsity: wanda_from_norms(jnp.sqrt(squares), w, sparsity),
+    )
+)

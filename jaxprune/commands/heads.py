@@ -398,7 +398,7 @@ def draw_map(metrics: pd.DataFrame) -> plt.Figure:
         here = at[at["method"] == method]
         table = here.pivot_table(index="layer", columns="head", values="heldout_error")
         image = cell.imshow(table.clip(lower=1e-6), aspect="auto", cmap="cividis", norm=norm)
-        cell.set_title(plotting.STYLES[method].label, fontsize=8)
+        cell.set_title(plotting.style(method).label, fontsize=8)
         cell.set_yticks(range(len(table)), table.index)
         step = -(-heads // 16)
         cell.set_xticks(range(0, heads, step), table.columns[::step])
@@ -430,7 +430,7 @@ def draw_example(arrays: dict[str, np.ndarray]) -> plt.Figure:
     axes[1, 0].set_visible(False)
     for column, method in enumerate(methods, start=1):
         axes[0, column].imshow(arrays[method], **scale)
-        axes[0, column].set_title(plotting.STYLES[method].label, fontsize=9)
+        axes[0, column].set_title(plotting.style(method).label, fontsize=9)
         lower = axes[1, column].imshow(errors[method], **difference)
         relative = np.sum(errors[method] ** 2) / np.sum(dense**2)
         axes[1, column].set_title(f"|difference|, relative error {relative:.3g}", fontsize=8)

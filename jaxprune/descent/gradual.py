@@ -1,4 +1,4 @@
-"""The preset ``descent``, for any weights and objective: gradual pruning with weights that adapt.
+"""Descents on kept weights, for any objective: under a mask that tightens, or under a fixed one.
 
 ``jaxprune.methods`` gives it the attention matrices of a head or layer, ``jaxprune.pipeline`` the
 output of a block.
@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from jaxprune.descent.loop import Descent, Objective
-from jaxprune.descent.relaxations import Weights, cubic_sparsity, gradual
+from jaxprune.descent.relaxations import KeepMasks, Weights, cubic_sparsity, fixed, gradual
 from jaxprune.sparsity import Group, Sparsity
 
 
@@ -29,7 +29,7 @@ def gradual_descent(
     group: Group,
     steps: int,
     learning_rate: ArrayLike,
-    pull: ArrayLike,
+    anchor_weight: ArrayLike,
     batch_size: int,
     tightened: float = 0.6,
     **options: Any,
@@ -48,7 +48,7 @@ def gradual_descent(
       group: entries that compete.
       steps: updates.
       learning_rate: of Adam, in units of the mean ``|w|``.
-      pull: weight of the mean squared distance to the dense weights in these units.
+      anchor_weight: of the mean squared distance to the dense weights in these units.
       batch_size: sequences of a step.
       tightened: part of the steps after which the mask has its final size.
       **options: further fields of ``Descent``.
@@ -61,7 +61,7 @@ def gradual_descent(
         distances = jax.tree.map(
             lambda v, w, s: jnp.mean(((v - w) / s) ** 2), variable, weights, scales
         )
-        return jnp.asarray(pull) * sum(jax.tree.leaves(distances))
+        return jnp.asarray(anchor_weight) * sum(jax.tree.leaves(distances))
 
     return Descent(
         objective=objective,
@@ -76,6 +76,40 @@ def gradual_descent(
         steps=steps,
         batch_size=batch_size,
         penalty=penalty,
+        **options,
+    )
+
+
+def refit_descent(
+    sample_errors: Callable[[Weights, PyTree], Float[Array, " samples"]],
+    weights: Weights,
+    keep_masks: KeepMasks,
+    *,
+    steps: int,
+    learning_rate: ArrayLike,
+    batch_size: int,
+    **options: Any,
+) -> Descent:
+    """A descent on the kept weights of given masks, ready to run.
+
+    Args:
+      sample_errors: effective weights and batch to one error for each sequence; their mean is
+        minimised.
+      weights: pruned weights to start from, a pytree of ``[d_in, d_out]``.
+      keep_masks: True where kept.
+      steps: updates.
+      learning_rate: of Adam, in units of the mean ``|w|`` of each matrix.
+      batch_size: sequences of a step.
+      **options: further fields of ``Descent``.
+    """
+    return Descent(
+        objective=lambda weights, batch: jnp.mean(sample_errors(weights, batch)),
+        relaxation=fixed(keep_masks),
+        optimizer=adam_in_units(weights, learning_rate, steps),
+        sparsity=Sparsity(0.0),  # the masks have decided
+        steps=steps,
+        batch_size=batch_size,
+        sample_errors=sample_errors,
         **options,
     )
 

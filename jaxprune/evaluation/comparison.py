@@ -15,9 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.attention import contract, relative_error
-from jaxprune.baselines import PrunedLinear, magnitude, sparsegpt, wanda
+from jaxprune.baselines import BASELINES, PrunedLinear, magnitude
 from jaxprune.errors import InputError
-from jaxprune.methods.fused import algorithm1, algorithm1_grid, prune_attention
+from jaxprune.methods.fused import (
+    algorithm1,
+    algorithm1_grid,
+    prune_attention,
+    round_and_judge,
+)
 from jaxprune.sparsity import Sparsity, keep_mask
 
 # Algorithm 1 has a grid of λ and step sizes, hence a function of its own below.
@@ -115,8 +120,7 @@ def _descent(x: Array, w: Array, ratio: Array, steps: int | None = None) -> Prun
 
 
 _ON_PROJECTIONS: dict[str, Callable[..., Pruned]] = {
-    "wanda": partial(_projections, wanda),
-    "sparsegpt": partial(_projections, sparsegpt),
+    name: partial(_projections, baseline.prune) for name, baseline in BASELINES.items()
 }
 _ON_FUSED: dict[str, Callable[..., Pruned]] = {
     "fused_magnitude": _fused_magnitude,
@@ -136,7 +140,7 @@ def compare(
     Args:
       problems: with one leading axis.
       ratios: fractions removed.
-      method: Wanda and SparseGPT prune both projections, the others the fused weight.
+      method: baselines prune both projections, the others the fused weight.
       steps: of ``descent``; the preset's if ``None``.
     """
     return judge(problems, *prune(problems, ratios, method=method, steps=steps))
@@ -146,6 +150,8 @@ def prune(
     problems: FusedProblem, ratios: Float[Array, " r"], *, method: str, steps: int | None = None
 ) -> Pruned:
     """Effective fused weights ``[problems, ratios, d, d]`` and keep masks; see ``compare``."""
+    if method not in METHODS:
+        raise InputError(f"method {method!r:.40}: expected one of {', '.join(METHODS)}")
     weights = (problems.wq, problems.wk) if method in ON_PROJECTIONS else (problems.w,)
     return _prune(problems.x, weights, ratios, method=method, steps=steps)
 
@@ -254,12 +260,9 @@ def _algorithm1(
         masks = jax.vmap(learn)(rates)
 
         def at_ratio(ratio: Array) -> tuple[Array, Array, Array]:
-            kept = jax.vmap(lambda mask: keep_mask(mask, Sparsity(ratio)))(masks)
-            pruned = jnp.where(kept, w, 0)
-            errors = jax.lax.map(partial(relative_error, x, w), pruned)
-            # NaN, from a step size that diverged, must not win.
-            best = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))
-            return pruned[best], kept[best], rates[best]
+            kept, errors = round_and_judge(partial(relative_error, x, w), w, masks, ratio)
+            best = jnp.argmin(errors)
+            return jnp.where(kept[best], w, 0), kept[best], rates[best]
 
         return jax.vmap(at_ratio)(ratios)
 
@@ -321,10 +324,7 @@ def _search(
             return found.state.variable
 
         def errors(masks: Array, ratio: Array) -> Array:
-            kept = jax.vmap(lambda mask: keep_mask(mask, Sparsity(ratio)))(masks)
-            found = jax.lax.map(partial(relative_error, judged, w), jnp.where(kept, w, 0))
-            # NaN, from a step size that diverged, must not win.
-            return jnp.where(jnp.isnan(found), jnp.inf, found)
+            return round_and_judge(partial(relative_error, judged, w), w, masks, ratio)[1]
 
         lams, rates = (a.reshape(-1) for a in algorithm1_grid(x, w))
         screened = jax.vmap(partial(learn, steps=min(_SCREEN_STEPS, steps)))(lams, rates)

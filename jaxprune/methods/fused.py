@@ -33,7 +33,7 @@ from jaxprune.descent.relaxations import none
 from jaxprune.errors import InputError
 from jaxprune.importance import fused_ranking
 from jaxprune.objective import fused_error
-from jaxprune.sparsity import Sparsity
+from jaxprune.sparsity import Sparsity, keep_mask
 
 Preset = Literal["paper", "descent"]
 
@@ -50,13 +50,13 @@ class _DescentDefaults(NamedTuple):
     Attributes:
       steps: updates.
       learning_rate: Adam's step in units of the mean ``|w|``.
-      pull: strength of the pull to the dense weights.
+      anchor_weight: of the distance to the dense weights.
       shuffled: probability that a sequence of a batch comes in a new order.
     """
 
     steps: int
     learning_rate: float
-    pull: float
+    anchor_weight: float
     shuffled: float
 
 
@@ -64,8 +64,8 @@ class _DescentDefaults(NamedTuple):
 # On 40 heads of a small Llama with 128 sequences of 256 tokens the second left 0.0067 where the
 # first left 0.0077, and real orders half of the time were better than always or never.
 _MANY_SEQUENCES = 64
-_FEW = _DescentDefaults(steps=400, learning_rate=0.05, pull=0.1, shuffled=1.0)
-_MANY = _DescentDefaults(steps=600, learning_rate=0.1, pull=0.03, shuffled=0.5)
+_FEW = _DescentDefaults(steps=400, learning_rate=0.05, anchor_weight=0.1, shuffled=1.0)
+_MANY = _DescentDefaults(steps=600, learning_rate=0.1, anchor_weight=0.03, shuffled=0.5)
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +77,7 @@ class PrunedAttention:
       weight: exact zeros where dropped.
       keep_mask: True where kept.
       trace: loss and squared gradient norm at every step, validation errors.
-      lam: λ used (chosen from a grid where none was given), the pull of ``descent``.
+      lam: λ used (chosen from a grid where none was given), the anchor weight of ``descent``.
       learning_rate: step size used; NaN where a rule chose one at every step.
       calibration_error: relative error of the attention on ``x``.
       initial_error: the same for the preset's initialisation, the rounded starting point.
@@ -121,9 +121,9 @@ def prune_attention(
     pull to the dense weights; see ``descent.relaxations.gradual``). Rows see the tokens of their
     sequence in a new random order at every step: the fused logits know no positions, and new
     orders show every query against other keys. From 64 sequences on it takes longer and larger
-    steps with less pull, and keeps half of the orders. A part of the calibration data is held
-    back, and an iterate replaces the initialisation only where it is better on that part beyond
-    its noise.
+    steps with a weaker penalty, and keeps half of the orders. A part of the calibration data is
+    held back, and an iterate replaces the initialisation only where it is better on that part
+    beyond its noise.
 
     Args:
       x: activations ``[n, d]`` or ``[b, n, d]``.
@@ -131,7 +131,8 @@ def prune_attention(
       sparsity: ``Sparsity`` or what ``Sparsity.parse`` reads; a ratio is of the whole matrix.
       preset: ``"paper"`` or ``"descent"``.
       lam: λ of ``paper``; if ``None``, a vmapped grid of λ (and step sizes), chosen on the
-        calibration error. Strength of the pull to the dense weights for ``descent``.
+        calibration error. For ``descent``, weight of the penalty on the distance to the dense
+        weights.
       learning_rate: η of ``paper`` (a grid if ``None``), or the name of a rule that chooses it,
         see ``convergence.gradient_descent``; of ``descent``, Adam's step in units of the mean of
         ``|w|``.
@@ -321,7 +322,7 @@ def _descent(
     steps = default.steps if steps is None else steps
     fit, validation = split_calibration(fused_data(x, w, row_weights))
     rate = jnp.asarray(default.learning_rate if learning_rate is None else learning_rate, w.dtype)
-    pull = jnp.asarray(default.pull if lam is None else lam, w.dtype)
+    anchor_weight = jnp.asarray(default.anchor_weight if lam is None else lam, w.dtype)
     descent = gradual_descent(
         partial(_objective, causal=causal),
         w,
@@ -330,14 +331,14 @@ def _descent(
         group="matrix",
         steps=steps,
         learning_rate=rate,
-        pull=pull,
+        anchor_weight=anchor_weight,
         batch_size=4 if batch_size is None else batch_size,
         augment=partial(shuffle_tokens, share=default.shuffled),
         sample_errors=partial(_weighted_row_errors, causal=causal),
         monitor=per_step if monitor else None,
     )
     found = descend(descent, w, fit, key=key, validation=validation)
-    return _result(found, x, w, row_weights, pull, rate, causal)
+    return _result(found, x, w, row_weights, anchor_weight, rate, causal)
 
 
 _PRESETS: dict[str, Callable[..., PrunedAttention]] = {"paper": _paper, "descent": _descent}
@@ -406,6 +407,29 @@ def algorithm1_grid(
     else:
         rates = jnp.full((lams.size, 1), learning_rate, scale.dtype)
     return jnp.broadcast_to(lams[:, None], rates.shape), rates
+
+
+def round_and_judge(
+    error: Callable[[Array], Float[Array, ""]],
+    w: Float[Array, "d d"],
+    masks: Float[Array, "c d d"],
+    ratio: float | Array,
+) -> tuple[Bool[Array, "c d d"], Float[Array, " c"]]:
+    """Round candidate masks at a ratio, and the error of what each of them leaves.
+
+    Args:
+      error: pruned weight to a scalar.
+      w: dense weight; kept entries keep its values.
+      masks: candidates, larger is more important.
+      ratio: fraction removed.
+
+    Returns:
+      Keep masks, and errors in which NaN, from a step size that diverged, is infinite: it must
+      not win.
+    """
+    kept = jax.vmap(lambda mask: keep_mask(mask, Sparsity(ratio)))(masks)
+    errors = jax.lax.map(error, jnp.where(kept, w, 0))
+    return kept, jnp.where(jnp.isnan(errors), jnp.inf, errors)
 
 
 def _weighted_row_errors(w: Array, data: PyTree, causal: bool) -> Float[Array, " rows"]:

@@ -16,11 +16,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxprune.attention import AttentionForm, check_finite, contract, row_errors
-from jaxprune.descent.gradual import gradual_descent, split_sequences
+from jaxprune.attention import (
+    AttentionForm,
+    accumulation_dtype,
+    check_finite,
+    contract,
+    row_errors,
+)
+from jaxprune.descent.gradual import gradual_descent, refit_descent, split_sequences
 from jaxprune.descent.loop import Descent, Trace, descend
 from jaxprune.descent.relaxations import cubic_sparsity, straight_through
 from jaxprune.errors import InputError
+from jaxprune.gauss_newton import prune_query_key_on, query_key_moments
 from jaxprune.importance import Importance, column_sensitivity, feature_norms, importance
 from jaxprune.objective import softmax_error
 from jaxprune.sharding import AXES, over_mesh
@@ -28,6 +35,13 @@ from jaxprune.sparsity import Group, Sparsity
 
 # Weight of attention's output beside its matrices; see ``output_maps``.
 OUTPUT_WEIGHT = 2.0
+# Updates of the descent from dense weights. From the closed form fewer are enough.
+GRADUAL_STEPS = 1200
+# Dense queries, keys and values of all sequences are kept up to this size.
+_CACHED_BYTES = 2 * 2**30
+
+PRESETS = ("gauss_newton", "descent")
+STARTS = ("gauss_newton", "dense")
 
 Projections = tuple[Array, Array]  # wq [d, heads·k] and wk [d, kv_heads·k]
 
@@ -42,10 +56,13 @@ class QueryKeySettings(NamedTuple):
       sparsity: of each matrix.
       steps: updates.
       batch_size: sequences of a step.
-      learning_rate: Adam's step, in units of the mean ``|w|`` of a matrix.
+      learning_rate: Adam's step under a mask that tightens, in units of the mean ``|w|`` of a
+        matrix.
+      refit_learning_rate: the same under given masks.
       mask_learning_rate: the same for mask scores, in units of their mean, without ``refit``.
       refit: kept weights adapt; else only the mask is learned and they keep their values.
-      output_weight: of the error of attention's output beside that of its matrices.
+      output_weight: of the error of attention's output beside that of its matrices, in descents.
+      moment_sequences: from which the closed form takes its curvature.
       tightened: part of the steps after which the mask has its final size.
       columns_compete: weights of a whole matrix compete; else every output column keeps as many,
         ranked by Wanda's score.
@@ -55,12 +72,14 @@ class QueryKeySettings(NamedTuple):
     kv_heads: int
     scale: float
     sparsity: Sparsity
-    steps: int = 1200
+    steps: int = 100
     batch_size: int = 8
     learning_rate: float = 0.15
+    refit_learning_rate: float = 0.05
     mask_learning_rate: float = 0.003
     refit: bool = True
     output_weight: float = OUTPUT_WEIGHT
+    moment_sequences: int = 64
     tightened: float = 0.4
     columns_compete: bool = True
 
@@ -100,6 +119,7 @@ def prune_query_key(
     rope: Float[Array, " f"] | None,
     scale: float | None = None,
     preset: str = "descent",
+    start: str = "gauss_newton",
     refit: bool = True,
     steps: int | None = None,
     x_dense: Float[Array, "b n d"] | None = None,
@@ -115,10 +135,14 @@ def prune_query_key(
     """Prune ``W_Q`` and ``W_K`` of a layer so that its attention matrices are kept.
 
     Minimises the mean over sequences of ``½ Σ_heads ‖C‖²``, ``C = softmax(q̃ k̃ᵀ) − softmax(q kᵀ)``,
-    with ``q = rope(x W_Q)·scale`` and ``k = rope(x W_K)``, causal: kept weights adapt while a hard
-    mask tightens on a cubic schedule (``descent.gradual``). Given ``wv`` and ``wo``, what ``C``
-    does to the output, ``½ Σ_heads ‖C x W_V W_O‖²``, counts too (``output_maps``). Every
-    eighth sequence validates.
+    with ``q = rope(x W_Q)·scale`` and ``k = rope(x W_K)``, causal.
+
+    ``gauss_newton`` minimises its Gauss–Newton form in closed form (``prune_closed_form``).
+    ``descent`` goes on from there: kept weights adapt to the error itself. From ``dense`` weights
+    it finds the mask too, which tightens on a cubic schedule (``descent.gradual``). Given ``wv``
+    and ``wo``, what ``C`` does to the output, ``½ Σ_heads ‖C x W_V W_O‖²``, counts in a descent
+    too (``output_maps``). Every eighth sequence validates; a descent that helps nothing returns
+    what it started from.
 
     Args:
       x: inputs of the projections, ``b`` sequences.
@@ -127,9 +151,10 @@ def prune_query_key(
       sparsity: of each matrix, ``Sparsity`` or what ``Sparsity.parse`` reads; columns differ.
       rope: inverse frequencies, or ``None`` for no positions.
       scale: of the logits; ``1/√k`` if ``None``.
-      preset: ``"descent"``.
-      refit: let kept weights adapt; else only the mask is learned.
-      steps: updates, 1200 if ``None``.
+      preset: ``"gauss_newton"`` or ``"descent"``.
+      start: of ``descent``: ``"gauss_newton"`` or ``"dense"``.
+      refit: let kept weights adapt; else they keep their dense values under the mask.
+      steps: updates of ``descent``; if ``None``, 100, or 1200 from ``dense``.
       x_dense: inputs that define the dense attention, where ``x`` comes from a pruned model; ``x``
         if ``None``.
       wv: value projection of the layer, with ``wo``.
@@ -147,8 +172,9 @@ def prune_query_key(
     Source: the objective of Liang et al. 2025, Def. 3.2, on the factored, rotated logits.
     """
     sparsity = Sparsity.parse(sparsity)
-    if preset != "descent":
-        raise InputError(f"preset {preset!r}: expected descent")
+    for name, value, known in (("preset", preset, PRESETS), ("start", start, STARTS)):
+        if value not in known:
+            raise InputError(f"{name} {value!r:.40}: expected {' or '.join(known)}")
     x0 = x if x_dense is None else x_dense
     _check_layer(x, x0, wq, wk, rope)
     form = AttentionForm(
@@ -172,13 +198,13 @@ def prune_query_key(
         sparsity=sparsity,
         refit=refit,
     )
-    if steps is not None:
-        settings = settings._replace(steps=steps)
-    prune = _prune
-    if not isinstance(sparsity.ratio, jax.core.Tracer):
-        prune = jax.jit(_prune, static_argnames="settings")
+    if steps is None:
+        steps = GRADUAL_STEPS if start == "dense" else settings.steps
+    settings = settings._replace(steps=steps)
+    traced = isinstance(sparsity.ratio, jax.core.Tracer)
     key = jax.random.key(0) if key is None else key
-    return prune(x, x0, wq, wk, form, wv, wo, key, settings=settings)
+    choices: dict[str, Any] = {"settings": settings, "preset": preset, "start": start}
+    return (_prune if traced else _prune_jitted)(x, x0, wq, wk, form, wv, wo, key, **choices)
 
 
 def _check_layer(x: Array, x0: Array, wq: Array, wk: Array, rope: Array | None) -> None:
@@ -227,6 +253,62 @@ def _check_output(wq: Array, wk: Array, wv: Array | None, wo: Array | None) -> N
         )
 
 
+class ClosedForm(NamedTuple):
+    """Projections pruned in closed form.
+
+    Attributes:
+      weights: ``wq`` and ``wk``, exact zeros where dropped.
+      keep_masks: True where kept.
+      predicted_error: of each, ``½ tr(A E B Eᵀ)`` over sequences, what the curvature expects.
+    """
+
+    weights: Projections
+    keep_masks: tuple[Bool[Array, "d e"], Bool[Array, "d f"]]
+    predicted_error: tuple[Float[Array, ""], Float[Array, ""]]
+
+
+@partial(jax.jit, static_argnames="settings")
+def prune_closed_form(
+    x: Float[Array, "b n d"],
+    dense: Projections,
+    form: AttentionForm,
+    key: Key[Array, ""],
+    *,
+    settings: QueryKeySettings,
+) -> ClosedForm:
+    """Prune both projections on the Gauss–Newton form of the error of the attention matrices.
+
+    Each minimises ``½ tr(A E B Eᵀ)``, to second order the mean over sequences of
+    ``½ Σ_heads ‖softmax(q̃ kᵀ) − softmax(q kᵀ)‖²`` with the other one dense, see
+    ``jaxprune.gauss_newton``.
+
+    Args:
+      x: inputs of the projections.
+      dense: projections.
+      form: what is done to the projections' outputs before the softmax.
+      key: randomness of the cotangents.
+      settings: heads, scale, sparsity.
+    """
+    d = x.shape[-1]
+    wq, wk = dense[0].reshape(d, settings.heads, -1), dense[1].reshape(d, settings.kv_heads, -1)
+    moments = query_key_moments(
+        x,
+        wq,
+        wk,
+        form=form,
+        scale=settings.scale,
+        sequences=min(settings.moment_sequences, x.shape[0]),
+        key=key,
+    )
+    q, k = prune_query_key_on(moments, wq, wk, settings.sparsity, group=_group(settings))
+    return ClosedForm((q.weight, k.weight), (q.keep_mask, k.keep_mask), (q.loss, k.loss))
+
+
+@partial(jax.jit, static_argnames=("settings", "preset", "start"))
+def _prune_jitted(*arrays: Any, **choices: Any) -> PrunedQueryKey:
+    return _prune(*arrays, **choices)
+
+
 def _prune(
     x: Array,
     x0: Array,
@@ -238,24 +320,64 @@ def _prune(
     key: Array,
     *,
     settings: QueryKeySettings,
+    preset: str,
+    start: str,
 ) -> PrunedQueryKey:
     dense = (wq.reshape(wq.shape[0], -1), wk.reshape(wk.shape[0], -1))
-    fit, validation = split_sequences({"x": x, "x0": x0})
-    context = query_key_context(dense, fit, form, settings, wv, wo)
-    descent = query_key_descent(dense, fit, context, settings)
-    found = descend(descent, dense, fit, key=key, validation=validation)
-    error, energy = head_errors(x, found.weights, x0, dense, form, settings)
-    assert found.state.best is not None
-    (pruned_q, pruned_k), (keep_q, keep_k) = found.weights, found.keep_masks
+    if preset == "descent" and start == "dense":
+        make, weights, kept = query_key_descent, dense, None
+    else:
+        closed = prune_closed_form(x, dense, form, key, settings=settings)
+        make, weights, kept = query_key_refit, closed.weights, closed.keep_masks
+        if not settings.refit:
+            weights = (jnp.where(kept[0], dense[0], 0), jnp.where(kept[1], dense[1], 0))
+    if kept is not None and (preset == "gauss_newton" or not settings.refit):
+        empty = jnp.zeros(0, accumulation_dtype(x))
+        zero = jnp.zeros((), jnp.int32)
+        return _result(
+            x, x0, wq, wk, form, settings, weights, kept, Trace(empty, empty, empty), zero, zero
+        )
+    fit_x0 = split_sequences({"x0": x0})[0]["x0"]
+    context = query_key_context(dense, fit_x0, form, settings, wv, wo)
+    fit, validation = split_sequences(query_key_data(x, x0, context, settings))
+    context = (
+        query_key_importance(context, fit, settings)
+        if kept is None
+        else context._replace(keep_masks=kept)
+    )
+    result = descend(make(weights, context, settings), weights, fit, key=key, validation=validation)
+    assert result.state.best is not None
+    step, rejected = result.state.best.step, result.state.rejected
+    return _result(
+        *(x, x0, wq, wk, form, settings, result.weights, result.keep_masks),
+        *(result.trace, step, rejected),
+    )
+
+
+def _result(
+    x: Array,
+    x0: Array,
+    wq: Array,
+    wk: Array,
+    form: AttentionForm,
+    settings: QueryKeySettings,
+    weights: Projections,
+    keep_masks: tuple[Array, Array],
+    trace: Trace,
+    best_step: Array,
+    rejected: Array,
+) -> PrunedQueryKey:
+    dense = (wq.reshape(wq.shape[0], -1), wk.reshape(wk.shape[0], -1))
+    error, energy = head_errors(x, weights, x0, dense, form, settings)
     return PrunedQueryKey(
-        wq=pruned_q.reshape(wq.shape),
-        wk=pruned_k.reshape(wk.shape),
-        keep_q=keep_q.reshape(wq.shape),
-        keep_k=keep_k.reshape(wk.shape),
-        trace=found.trace,
+        wq=weights[0].reshape(wq.shape),
+        wk=weights[1].reshape(wk.shape),
+        keep_q=keep_masks[0].reshape(wq.shape),
+        keep_k=keep_masks[1].reshape(wk.shape),
+        trace=trace,
         calibration_error=error / energy,
-        best_step=found.state.best.step,
-        rejected_steps=found.state.rejected,
+        best_step=best_step,
+        rejected_steps=rejected,
     )
 
 
@@ -298,13 +420,18 @@ class QueryKeyContext(NamedTuple):
 
     Attributes:
       form: what is done to the projections' outputs before the softmax.
+      dense: projections that define the attention.
       outputs: of ``output_maps``, ``None`` where the output does not count.
-      importance: factors of ``|w|`` in the ranking, for each projection.
+      importance: factors of ``|w|`` in the ranking, for each projection, where the descent finds
+        the mask.
+      keep_masks: the masks, where they are given.
     """
 
     form: AttentionForm
+    dense: Projections
     outputs: Float[Array, "d h v"] | None
-    importance: tuple[Importance, Importance]
+    importance: tuple[Importance, Importance] | None = None
+    keep_masks: tuple[Bool[Array, "d e"], Bool[Array, "d f"]] | None = None
 
 
 def output_maps(
@@ -336,21 +463,58 @@ def output_maps(
     return maps * jnp.sqrt(weight / jnp.where(variance > 0, variance, 1)).astype(maps.dtype)
 
 
-def _sample_errors(
-    dense: Projections,
-    form: AttentionForm,
-    outputs: Array | None,
+def query_key_data(
+    x: Float[Array, "b n d"],
+    x0: Float[Array, "b n d"],
+    context: QueryKeyContext,
     settings: QueryKeySettings,
-    weights: Projections,
-    batch: PyTree,
+) -> PyTree:
+    """What a step looks at: ``x``, and dense queries, keys and values where memory allows.
+
+    They are the same in every step. They are kept where those of all sequences take at most
+    ``_CACHED_BYTES``; else a step has ``x0`` and computes them.
+
+    Args:
+      x: inputs of the pruned projections.
+      x0: inputs of the dense ones.
+      context: of the layer.
+      settings: heads and scale.
+    """
+    wq, wk = context.dense
+    values = 0 if context.outputs is None else context.outputs[0].size
+    width = wq.shape[1] + wk.shape[1] + values
+    if x0.shape[0] * x0.shape[1] * width * x0.dtype.itemsize > _CACHED_BYTES:
+        return {"x": x, "x0": x0}
+    q0, k0, v = _dense_attention(x0, context, settings)
+    return {"x": x, "q0": q0, "k0": k0} | ({} if v is None else {"values": v})
+
+
+@partial(jax.jit, static_argnames="settings")
+def _dense_attention(
+    x0: Float[Array, "b n d"], context: QueryKeyContext, settings: QueryKeySettings
+) -> tuple[Array, Array, Array | None]:
+    return _targets({"x0": x0}, context, settings)
+
+
+def _targets(
+    batch: PyTree, context: QueryKeyContext, settings: QueryKeySettings
+) -> tuple[Array, Array, Array | None]:
+    """Dense queries, keys and values of a batch, kept or computed now."""
+    if "q0" in batch:
+        return batch["q0"], batch["k0"], batch.get("values")
+    q0, k0 = queries_and_keys(batch["x0"], context.dense, context.form, settings)
+    if context.outputs is None:
+        return q0, k0, None
+    grouped = context.outputs.reshape(context.outputs.shape[0], *q0.shape[1:3], -1)
+    return q0, k0, contract("bnd,dgrv->bgrnv", batch["x0"], grouped).astype(q0.dtype)
+
+
+def _sample_errors(
+    context: QueryKeyContext, settings: QueryKeySettings, weights: Projections, batch: PyTree
 ) -> Float[Array, " b"]:
     """Objective of every sequence, summed over heads."""
-    q, k = queries_and_keys(batch["x"], weights, form, settings)
-    q0, k0 = queries_and_keys(batch["x0"], dense, form, settings)
-    values = None
-    if outputs is not None:
-        grouped = outputs.reshape(outputs.shape[0], *q.shape[1:3], -1)
-        values = contract("bnd,dgrv->bgrnv", batch["x0"], grouped).astype(q.dtype)
+    q, k = queries_and_keys(batch["x"], weights, context.form, settings)
+    q0, k0, values = _targets(batch, context, settings)
 
     def errors(q: Array, k: Array, q0: Array, k0: Array, values: Array | None) -> Array:
         return softmax_error(q, k, q0, k0, values=values)
@@ -361,17 +525,17 @@ def _sample_errors(
 @partial(jax.jit, static_argnames="settings")
 def query_key_context(
     dense: Projections,
-    fit: PyTree,
+    x0: Float[Array, "b n d"],
     form: AttentionForm,
     settings: QueryKeySettings,
     wv: Float[Array, "d g k"] | None = None,
     wo: Float[Array, "h k d_out"] | None = None,
 ) -> QueryKeyContext:
-    """What the descent of a layer needs to know: see ``QueryKeyContext``.
+    """What a descent of a layer needs to know besides its data.
 
     Args:
       dense: projections that define the attention.
-      fit: ``x`` and ``x0``, inputs of the pruned and the dense projections.
+      x0: inputs of the dense projections.
       form: what is done to the projections' outputs before the softmax.
       settings: static choices.
       wv: value projection; with ``wo``, the output counts too.
@@ -379,23 +543,34 @@ def query_key_context(
     """
     outputs = None
     if wv is not None and wo is not None and settings.output_weight:
-        outputs = output_maps(fit["x0"], wv, wo, settings.output_weight)
-    sample_errors = partial(_sample_errors, dense, form, outputs, settings)
-    felt = column_sensitivity(
+        outputs = output_maps(x0, wv, wo, settings.output_weight)
+    return QueryKeyContext(form, dense, outputs)
+
+
+@partial(jax.jit, static_argnames="settings")
+def query_key_importance(
+    context: QueryKeyContext, fit: PyTree, settings: QueryKeySettings
+) -> QueryKeyContext:
+    """The context with what ranks weights in ``query_key_descent``.
+
+    Args:
+      context: of ``query_key_context``.
+      fit: of ``query_key_data``, without what validates.
+      settings: static choices.
+    """
+    sample_errors = partial(_sample_errors, context, settings)
+    sensitivity = column_sensitivity(
         lambda weights, batch: jnp.mean(sample_errors(weights, batch)),
-        dense,
+        context.dense,
         fit,
         batch_size=settings.batch_size,
     )
     norms = feature_norms(fit["x"])
     if not settings.columns_compete:
-        even = tuple(Importance(norms, jnp.ones_like(s)) for s in felt)
-        return QueryKeyContext(form, outputs, (even[0], even[1]))
-    return QueryKeyContext(
-        form,
-        outputs,
-        (importance(dense[0], norms, felt[0]), importance(dense[1], norms, felt[1])),
-    )
+        even = tuple(Importance(norms, jnp.ones_like(s)) for s in sensitivity)
+        return context._replace(importance=(even[0], even[1]))
+    ranked = tuple(importance(w, norms, s) for w, s in zip(context.dense, sensitivity, strict=True))
+    return context._replace(importance=(ranked[0], ranked[1]))
 
 
 def _group(settings: QueryKeySettings) -> Group:
@@ -403,36 +578,35 @@ def _group(settings: QueryKeySettings) -> Group:
 
 
 def query_key_descent(
-    dense: Projections, fit: PyTree, context: QueryKeyContext, settings: QueryKeySettings
+    weights: Projections, context: QueryKeyContext, settings: QueryKeySettings
 ) -> Descent:
-    """The descent of ``prune_query_key``, ready to run.
+    """A descent from dense weights that finds the mask, ready to run.
 
     Args:
-      dense: projections that define the attention.
-      fit: ``x`` and ``x0``, inputs of the pruned and the dense projections, ``[b, n, d]``.
-      context: of ``query_key_context``.
+      weights: dense projections.
+      context: of ``query_key_importance``.
       settings: static choices.
     """
-    del fit
-    sample_errors = partial(_sample_errors, dense, context.form, context.outputs, settings)
+    assert context.importance is not None
+    ranks, sample_errors = context.importance, partial(_sample_errors, context, settings)
 
     def objective(weights: Projections, batch: PyTree) -> Float[Array, ""]:
         return jnp.mean(sample_errors(weights, batch))
 
     def rank(weights: Projections) -> PyTree:
-        return tuple(i.score(w) for w, i in zip(weights, context.importance, strict=True))
+        return tuple(i.score(w) for w, i in zip(weights, ranks, strict=True))
 
     steps, group = settings.steps, _group(settings)
     if settings.refit:
         return gradual_descent(
             objective,
-            dense,
+            weights,
             settings.sparsity,
             rank=rank,
             group=group,
             steps=steps,
             learning_rate=settings.learning_rate,
-            pull=0.0,
+            anchor_weight=0.0,
             batch_size=settings.batch_size,
             tightened=settings.tightened,
             sample_errors=sample_errors,
@@ -448,6 +622,26 @@ def query_key_descent(
         steps=steps,
         batch_size=settings.batch_size,
         sample_errors=sample_errors,
+    )
+
+
+def query_key_refit(
+    weights: Projections, context: QueryKeyContext, settings: QueryKeySettings
+) -> Descent:
+    """A descent on the kept weights of given masks, ready to run.
+
+    Args:
+      weights: pruned projections to start from.
+      context: with ``keep_masks``.
+      settings: static choices.
+    """
+    return refit_descent(
+        partial(_sample_errors, context, settings),
+        weights,
+        context.keep_masks,
+        steps=settings.steps,
+        learning_rate=settings.refit_learning_rate,
+        batch_size=settings.batch_size,
     )
 
 
@@ -475,9 +669,9 @@ def head_errors(
 
     def one(sequence: tuple[Array, Array]) -> tuple[Array, Array]:
         x, x0 = sequence
-        found = queries_and_keys(x, weights, form, settings)
+        pruned = queries_and_keys(x, weights, form, settings)
         target = queries_and_keys(x0, dense, form, settings)
-        errors = over_mesh(row_errors, "heads")(*found, *target)
+        errors = over_mesh(row_errors, "heads")(*pruned, *target)
         return tuple(a.sum(axis=-1).reshape(-1) for a in errors)
 
     error, energy = jax.lax.map(one, (x, x0))

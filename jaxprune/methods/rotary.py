@@ -26,8 +26,9 @@ from jaxprune.descent.gradual import gradual_descent, split_sequences
 from jaxprune.descent.loop import Descent, descend
 from jaxprune.descent.relaxations import none
 from jaxprune.importance import shrunk_norms
+from jaxprune.methods.fused import round_and_judge
 from jaxprune.objective import softmax_error
-from jaxprune.sparsity import Sparsity, keep_mask
+from jaxprune.sparsity import Sparsity
 
 
 class RotaryHead(NamedTuple):
@@ -191,9 +192,9 @@ def rotary_algorithm1(
     masks = jax.lax.map(learn, (lams, decays))
 
     def at_ratio(ratio: Array) -> Array:
-        kept = jax.vmap(lambda mask: keep_mask(mask, Sparsity(ratio)))(masks)
-        errors = jax.lax.map(lambda m: objective(m.astype(x.dtype), {"x": sample}), kept)
-        return kept[jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors))]
+        ones = jnp.ones_like(masks[0])
+        kept, errors = round_and_judge(lambda m: objective(m, {"x": sample}), ones, masks, ratio)
+        return kept[jnp.argmin(errors)]
 
     return jax.lax.map(at_ratio, ratios)
 
@@ -206,13 +207,13 @@ def rotary_descent(
     steps: int,
     batch_size: int,
     learning_rate: ArrayLike = 0.1,
-    pull: ArrayLike = 0.03,
+    anchor_weight: ArrayLike = 0.03,
     key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "d d"], Bool[Array, "d d"]]:
     """Preset ``descent`` on the logits with RoPE: factors of the entries, zero where dropped.
 
     The variable is ``V = M ∘ T`` with ``T`` the typical weight of every entry, so that steps,
-    ranking ``|V_ij| s_i s_j`` and pull mean what they mean in ``jaxprune.prune_attention``; kept
+    ranking ``|V_ij| s_i s_j`` and penalty mean what they mean in ``jaxprune.prune_attention``; kept
     factors adapt, the same at every distance.
 
     Args:
@@ -222,7 +223,7 @@ def rotary_descent(
       steps: updates.
       batch_size: sequences of a step.
       learning_rate: Adam's step in units of the mean of ``T``.
-      pull: to factors of one.
+      anchor_weight: of the distance to factors of one.
       key: randomness of the batches.
 
     Returns:
@@ -248,7 +249,7 @@ def rotary_descent(
         group="matrix",
         steps=steps,
         learning_rate=learning_rate,
-        pull=pull,
+        anchor_weight=anchor_weight,
         batch_size=batch_size,
         sample_errors=errors_of_rows,
     )

@@ -1,7 +1,8 @@
-"""The preset ``descent`` on all linear maps of a Llama block, matching the block's output."""
+"""All linear maps of a Llama block, pruned or refitted on the block's output."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -10,13 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxprune.attention import accumulation_dtype
-from jaxprune.descent.gradual import gradual_descent
+from jaxprune.descent.gradual import gradual_descent, refit_descent, split_sequences
 from jaxprune.descent.loop import Descent
-from jaxprune.descent.relaxations import Weights
-from jaxprune.importance import Importance, column_sensitivity, importance
+from jaxprune.descent.relaxations import KeepMasks, Weights
+from jaxprune.importance import Importance, column_sensitivity, feature_norms, importance
+from jaxprune.models.llama.activations import next_hidden
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import BlockWeights, block
+from jaxprune.pipeline.settings import PruneSettings
+from jaxprune.pipeline.streams import Streams, mean_statistic
+from jaxprune.pipeline.work import Problem, Solution, movable
 from jaxprune.sparsity import Sparsity
+
+# Updates of the descent from dense weights; a refit starts near its end and takes fewer.
+GRADUAL_STEPS = 1000
 
 
 class BlockSettings(NamedTuple):
@@ -24,9 +32,9 @@ class BlockSettings(NamedTuple):
 
     config: LlamaConfig
     sparsity: Sparsity
-    steps: int = 1000
+    steps: int = 200
     batch_size: int = 4
-    learning_rate: float = 0.05
+    learning_rate: float = 0.02
 
 
 class BlockContext(NamedTuple):
@@ -63,35 +71,34 @@ def block_context(
 
     Args:
       dense: linear maps to prune, by the names of ``BlockWeights``.
-      fit: ``hidden`` and ``target``, see ``block_descent``.
+      fit: ``hidden`` and ``target``, see ``block_descent``, to measure sensitivities on.
       weights: of the dense block.
       input_norms: Wanda's norms of the inputs of every linear map, by name.
       settings: static choices.
     """
     sample_errors = partial(_sample_errors, weights, settings.config)
-    felt = column_sensitivity(
+    sensitivity = column_sensitivity(
         lambda pruned, batch: jnp.mean(sample_errors(pruned, batch)),
         dense,
         fit,
         batch_size=settings.batch_size,
     )
     return BlockContext(
-        weights, {name: importance(w, input_norms[name], felt[name]) for name, w in dense.items()}
+        weights,
+        {name: importance(w, input_norms[name], sensitivity[name]) for name, w in dense.items()},
     )
 
 
-def block_descent(
-    dense: Weights, fit: PyTree, context: BlockContext, settings: BlockSettings
-) -> Descent:
-    """Minimise the mean over sequences of ``½ ‖block(hidden; W̃) − target‖²``, ready to run.
+def block_descent(dense: Weights, context: BlockContext, settings: BlockSettings) -> Descent:
+    """Minimise the mean over sequences of ``½ ‖block(hidden; W̃) − target‖²``, from dense weights.
+
+    A batch has ``hidden``, what the pruned block sees, and ``target``, what it should give.
 
     Args:
       dense: linear maps to prune, by the names of ``BlockWeights``.
-      fit: ``hidden``, what the pruned block sees, and ``target``, what it should give.
       context: of ``block_context``.
       settings: static choices.
     """
-    del fit
     sample_errors = partial(_sample_errors, context.weights, settings.config)
 
     def objective(weights: Weights, batch: PyTree) -> Float[Array, ""]:
@@ -108,7 +115,83 @@ def block_descent(
         group="matrix",
         steps=settings.steps,
         learning_rate=settings.learning_rate,
-        pull=0.0,
+        anchor_weight=0.0,
         batch_size=settings.batch_size,
         sample_errors=sample_errors,
     )
+
+
+class BlockStart(NamedTuple):
+    """Arrays of a block whose kept weights are to adapt: its dense weights, the keep masks."""
+
+    weights: BlockWeights
+    keep_masks: KeepMasks
+
+
+def block_refit(weights: Weights, context: BlockStart, settings: BlockSettings) -> Descent:
+    """Minimise what ``block_descent`` does over the kept weights of given masks.
+
+    Args:
+      weights: pruned linear maps to start from, by the names of ``BlockWeights``.
+      context: of the block.
+      settings: static choices.
+    """
+    return refit_descent(
+        partial(_sample_errors, context.weights, settings.config),
+        weights,
+        context.keep_masks,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+    )
+
+
+def block_settings(settings: PruneSettings, config: LlamaConfig) -> BlockSettings:
+    """Settings of a block of a model with this shape."""
+    chosen = BlockSettings(config, settings.sparsity)
+    if settings.gradual:
+        chosen = chosen._replace(steps=GRADUAL_STEPS, learning_rate=0.05)
+    if settings.steps is not None:
+        chosen = chosen._replace(steps=settings.steps)
+    return chosen._replace(**settings.tuning)
+
+
+def _data(dense: BlockWeights, streams: Streams, settings: PruneSettings) -> PyTree:
+    target = next_hidden(dense, streams.dense, streams.config, batch=settings.batch)
+    return {"hidden": streams.pruned, "target": target}
+
+
+def _linear_maps(weights: Mapping[str, Array], names: tuple[str, ...]) -> Weights:
+    return movable({name: weights[name] for name in names})
+
+
+def block_problem(dense: BlockWeights, streams: Streams, settings: PruneSettings) -> Problem:
+    """The descent from dense weights under a mask that tightens."""
+    chosen, names = block_settings(settings, streams.config), tuple(sorted(settings.names))
+    weights = _linear_maps(dense._asdict(), names)
+    data = _data(dense, streams, settings)
+    squares = mean_statistic(dense, streams, names, squared_norms, settings.batch)
+    norms = {name: jnp.sqrt(value) for name, value in squares.items()}
+    context = block_context(weights, split_sequences(data)[0], dense, norms, chosen)
+    return Problem(block_descent, chosen, weights, data, context, names)
+
+
+def block_refit_problem(
+    dense: BlockWeights, streams: Streams, solution: Solution, settings: PruneSettings
+) -> Problem:
+    """The descent of kept weights from where a method left them."""
+    chosen, names = block_settings(settings, streams.config), tuple(sorted(settings.names))
+    masks = {name: solution.keep_masks[name] for name in names}
+    return Problem(
+        block_refit,
+        chosen,
+        _linear_maps(solution.weights, names),
+        _data(dense, streams, settings),
+        BlockStart(dense, masks),
+        names,
+    )
+
+
+def squared_norms(x: Float[Array, "b n d"]) -> Float[Array, " d"]:
+    """Squares of Wanda's norms, which are means over windows."""
+    return feature_norms(x) ** 2

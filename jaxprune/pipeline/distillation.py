@@ -13,14 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxprune.descent.gradual import adam_in_units
+from jaxprune.descent.gradual import refit_descent
 from jaxprune.descent.loop import Descent
-from jaxprune.descent.relaxations import KeepMasks, Weights, fixed
+from jaxprune.descent.relaxations import KeepMasks, Weights
 from jaxprune.models.llama.losses import head_divergences
 from jaxprune.models.llama.modeling import BlockWeights, Llama, block, run_blocks
-from jaxprune.sparsity import Sparsity
+from jaxprune.pipeline.work import Problem, movable
 
 
 class DistillationSettings(NamedTuple):
@@ -54,9 +54,9 @@ class DistillationContext(NamedTuple):
 
 
 def distillation(
-    weights: Weights, fit: PyTree, context: DistillationContext, settings: DistillationSettings
+    weights: Weights, context: DistillationContext, settings: DistillationSettings
 ) -> Descent:
-    """Minimise ``E KL(p ‖ p̃)``, the divergence of the pruned model's next-token predictions.
+    """Minimise ``E KL(p ‖ p̃)``, the KL divergence of the pruned model's next-token predictions.
 
     ``p`` are the predictions of the dense model. A few windows are little to fit all blocks at
     once on: their divergence falls by half and that on fresh text hardly. In every step, tokens of
@@ -66,28 +66,48 @@ def distillation(
 
     Args:
       weights: pruned matrices of all blocks on a leading axis, by the names of ``BlockWeights``.
-      fit: ``tokens``, ``[w, n]``.
       context: models and masks.
       settings: static choices.
 
     Source: Hinton et al. 2015, at temperature 1; the resampling is ours.
     """
-    del fit
 
     def divergences(pruned: Weights, batch: PyTree) -> Float[Array, " b"]:
         blocks = context.model.blocks.get_value()._replace(**pruned)
         return _window_divergences(context, blocks, batch["tokens"])
 
-    return Descent(
-        objective=lambda pruned, batch: jnp.mean(divergences(pruned, batch)),
-        relaxation=fixed(context.keep_masks),
-        optimizer=adam_in_units(weights, settings.learning_rate, settings.steps),
-        sparsity=Sparsity(0.0),  # the masks have decided
+    return refit_descent(
+        divergences,
+        weights,
+        context.keep_masks,
         steps=settings.steps,
+        learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
         augment=partial(resampled, context, settings.resampled),
-        sample_errors=divergences,
     )
+
+
+def distillation_problem(
+    model: Llama,
+    dense: BlockWeights,
+    keep_masks: dict[str, Bool[Array, "l _ _"]],
+    tokens: Int[Array, "w n"],
+    settings: DistillationSettings,
+) -> Problem:
+    """The distillation of a model pruned so far.
+
+    Args:
+      model: the pruned model.
+      dense: weights of all blocks of the dense one.
+      keep_masks: of the pruned matrices of all blocks, by the names of ``BlockWeights``.
+      tokens: windows, of which every eighth validates.
+      settings: static choices.
+    """
+    blocks = model.blocks.get_value()
+    names = tuple(sorted(keep_masks))
+    weights = movable({name: getattr(blocks, name) for name in names})
+    context = DistillationContext(model, dense, keep_masks)
+    return Problem(distillation, settings, weights, {"tokens": tokens}, context, names)
 
 
 def _window_divergences(

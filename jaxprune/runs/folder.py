@@ -18,9 +18,7 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -335,5 +333,3 @@ def _check_inputs(there: Mapping[str, Any], here: Mapping[str, Any], where: str)
                 f"{where}: that run was begun with other files for --{flag} than those that are "
                 "there now"
             )
-
-

@@ -6,6 +6,7 @@ own marker and dash, for print without colour.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -39,6 +40,21 @@ STYLES = {
     "algorithm1_rope": Style("Algorithm 1, on the logits with RoPE", "#D55E00", "o", ":"),
     "descent_rope": Style("descent, on the logits with RoPE", "#000000", "P", "--"),
 }
+
+# For methods without a style of their own.
+_SPARE_COLORS = ("#56B4E9", "#F0E442", "#882255", "#44AA99", "#AA4499")
+_SPARE_MARKERS = "hpd8<>"
+
+
+def style(method: str) -> Style:
+    """The style of a method; one that is not in ``STYLES`` is named as it is, always alike."""
+    if method in STYLES:
+        return STYLES[method]
+    number = zlib.crc32(method.encode())
+    color = _SPARE_COLORS[number % len(_SPARE_COLORS)]
+    marker = _SPARE_MARKERS[number % len(_SPARE_MARKERS)]
+    return Style(f"{method.replace('_', ' ')} on $W_Q$, $W_K$", color, marker, "--")
+
 
 # Figures go to files; no screen is needed or opened.
 mpl.use("Agg")
@@ -82,12 +98,12 @@ def curves(
         rows = frame[frame["method"] == method]
         if rows.empty:
             continue
-        style = STYLES[method]
+        look = style(method)
         if rows[x].isna().all():
             rows = pd.concat([rows.assign(**{x: limit}) for limit in axes.get_xlim()])
             marker = ""
         else:
-            marker = style.marker
+            marker = look.marker
         groups = rows.groupby(x)[y]
         places, values = list(groups.groups), groups.mean()
         if band == "error":
@@ -98,15 +114,15 @@ def curves(
         axes.plot(
             places,
             values,
-            style.dash,
-            color=style.color,
+            look.dash,
+            color=look.color,
             marker=marker,
             markersize=4,
             linewidth=1.3,
-            label=style.label,
+            label=look.label,
         )
         axes.fill_between(
-            places, low.clip(lower=1e-9), high, color=style.color, alpha=0.15, linewidth=0
+            places, low.clip(lower=1e-9), high, color=look.color, alpha=0.15, linewidth=0
         )
 
 

@@ -26,9 +26,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import jax
 import tyro
 
+from jaxprune.errors import InputError
 from jaxprune.runs.folder import environment, recorded
 from jaxprune.runs.repetition import differences
-from jaxprune.errors import InputError
 
 Config = TypeVar("Config")
 

@@ -1,38 +1,36 @@
 """What every baseline keeps to, through one suite."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxprune import Sparsity
-from jaxprune.baselines import magnitude, sparsegpt, wanda
+from jaxprune.baselines import BASELINES, magnitude, sparsegpt
+from jaxprune.baselines.registry import baseline, register
 
-BLOCK = 8
-
-METHODS = {
-    "magnitude": lambda x, w, sparsity: magnitude(w, sparsity),
-    "wanda": wanda,
-    "sparsegpt": partial(sparsegpt, block_size=BLOCK),
-}
-# Entries that compete, as slices of a [24, 10] weight.
+# Entries of a [24, 10] weight that compete, as slices; blocks of 128 inputs have all 24.
 GROUPS = {
-    "magnitude": [np.s_[:, :]],
-    "wanda": [np.s_[:, i] for i in range(10)],
-    "sparsegpt": [np.s_[i : i + BLOCK] for i in range(0, 24, BLOCK)],
+    "matrix": [np.s_[:, :]],
+    "block": [np.s_[:, :]],
+    "output": [np.s_[:, i] for i in range(10)],
+    "input": [np.s_[i] for i in range(24)],
 }
 
 
-@pytest.fixture(params=list(METHODS))
+@pytest.fixture(params=list(BASELINES))
 def name(request):
     return request.param
 
 
 @pytest.fixture
 def prune(name):
-    return METHODS[name]
+    return BASELINES[name].prune
+
+
+@pytest.fixture
+def groups(name):
+    return GROUPS[BASELINES[name].group]
 
 
 def draw(key, d_in=24, d_out=10, dtype=jnp.float32):
@@ -44,9 +42,9 @@ def draw(key, d_in=24, d_out=10, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.999, 1.0])
-def test_counts_are_exact_in_every_group(key, name, prune, ratio):
+def test_counts_are_exact_in_every_group(key, prune, groups, ratio):
     kept = np.asarray(prune(*draw(key), ratio).keep_mask)
-    for group in GROUPS[name]:
+    for group in groups:
         assert np.sum(~kept[group]) == int(kept[group].size * ratio)
 
 
@@ -63,10 +61,41 @@ def test_dropped_weights_are_exact_zeros_and_kept_ones_are_not(key, prune, spars
     assert ((pruned.weight == 0) == ~pruned.keep_mask).all()
 
 
-def test_only_sparsegpt_changes_kept_weights(key, name, prune):
+def test_kept_weights_change_where_the_registry_says_so(key, name, prune):
     x, w = draw(key)
     pruned = prune(x, w, 0.5)
-    assert (pruned.weight == jnp.where(pruned.keep_mask, w, 0)).all() == (name != "sparsegpt")
+    kept = (pruned.weight == jnp.where(pruned.keep_mask, w, 0)).all()
+    assert kept != BASELINES[name].updates
+
+
+def test_moments_are_enough_and_are_means_over_sequences(key, name):
+    x, w = draw(key)
+    entry = BASELINES[name]
+    if entry.moment is None:
+        assert entry.prune_from is None
+        return
+    whole, parts = entry.moment(x), [entry.moment(x[i : i + 1]) for i in range(3)]
+    np.testing.assert_allclose(whole, sum(parts) / 3, rtol=1e-4, atol=1e-5)
+    direct, by_moment = entry.prune(x, w, 0.5), entry.prune_from(whole, w, Sparsity(0.5))
+    assert (direct.keep_mask == by_moment.keep_mask).all()
+    np.testing.assert_allclose(direct.weight, by_moment.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_names_are_taken_once_and_unknown_ones_refused():
+    with pytest.raises(ValueError, match="name wanda: there is such a baseline"):
+        register(BASELINES["magnitude"]._replace(name="wanda"))
+    with pytest.raises(ValueError, match="expected moment and prune_from"):
+        register(BASELINES["wanda"]._replace(name="half", moment=None))
+    with pytest.raises(ValueError, match="method 'obs': expected one of magnitude, wanda"):
+        baseline("obs")
+    assert "half" not in BASELINES
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.999, 1.0])
+def test_sparsegpt_counts_are_exact_in_every_block_of_inputs(key, ratio):
+    kept = np.asarray(sparsegpt(*draw(key), ratio, block_size=8).keep_mask)
+    for start in range(0, 24, 8):
+        assert np.sum(~kept[start : start + 8]) == int(80 * ratio)
 
 
 @pytest.mark.parametrize("keeps_all", [0.0, "4:4"])
@@ -82,12 +111,12 @@ def test_everything_dropped_is_zero(key, prune):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
-def test_the_type_of_the_weight_stays(key, x64, name, prune, dtype):
+def test_the_type_of_the_weight_stays(key, x64, prune, groups, dtype):
     x, w = draw(key, dtype=dtype)
     pruned = prune(x, w, 0.5)
     assert pruned.weight.dtype == dtype
     assert pruned.keep_mask.dtype == bool
-    for group in GROUPS[name]:
+    for group in groups:
         assert np.sum(~np.asarray(pruned.keep_mask)[group]) == w[group].size // 2
 
 
@@ -111,19 +140,17 @@ def test_dead_inputs_are_dropped_first(key, name, prune):
     pruned = prune(x, w, 1 / 3)
     if name == "magnitude":  # sees no inputs
         assert (pruned.keep_mask == magnitude(w, 1 / 3).keep_mask).all()
-    elif name == "wanda":
-        assert (pruned.keep_mask == ~dead[:, None]).all()
     else:
-        # Blocks of eight have two or three dead inputs, and drop a third of their weights.
+        assert (pruned.keep_mask == ~dead[:, None]).all()
         assert not pruned.weight[dead].any()
         assert jnp.isfinite(pruned.weight).all()
 
 
-def test_dead_activations_leave_finite_weights_and_exact_counts(key, name, prune):
+def test_dead_activations_leave_finite_weights_and_exact_counts(key, prune, groups):
     x, w = draw(key)
     pruned = prune(jnp.zeros_like(x), w, 0.5)
     assert jnp.isfinite(pruned.weight).all()
-    for group in GROUPS[name]:
+    for group in groups:
         assert np.sum(~np.asarray(pruned.keep_mask)[group]) == w[group].size // 2
 
 
@@ -186,12 +213,13 @@ def test_wrong_input_is_named(key, unchecked, prune, change, message):
         prune(**{"x": x, "w": w, "sparsity": 0.5} | change)
 
 
-@pytest.mark.parametrize("method", [wanda, sparsegpt])
 @pytest.mark.parametrize(("change", "message"), WRONG_INPUTS)
-def test_wrong_activations_are_named(key, unchecked, method, change, message):
+def test_wrong_activations_are_named(key, unchecked, name, prune, change, message):
+    if name == "magnitude":  # sees no inputs
+        return
     x, w = draw(key)
     with pytest.raises(ValueError, match=message):
-        method(**{"x": x, "w": w, "sparsity": 0.5} | change)
+        prune(**{"x": x, "w": w, "sparsity": 0.5} | change)
 
 
 def relative_output_error(x, w, pruned):
@@ -207,7 +235,8 @@ def test_on_correlated_inputs_knowing_more_of_them_helps(key, sparsity):
     x = jax.random.normal(keys[1], (4, 64, 32)) * scales @ (0.7 * rotation + jnp.eye(32))
     w = jax.random.normal(keys[2], (32, 16))
     by_magnitude, by_wanda, by_sparsegpt = (
-        relative_output_error(x, w, prune(x, w, sparsity)) for prune in METHODS.values()
+        relative_output_error(x, w, prune(x, w, sparsity))
+        for prune in (BASELINES[name].prune for name in ("magnitude", "wanda", "sparsegpt"))
     )
     assert by_sparsegpt < 0.6 * by_wanda
     assert by_wanda < 0.9 * by_magnitude

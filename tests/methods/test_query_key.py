@@ -16,7 +16,9 @@ from jaxprune.methods.query_key import (
     prune_query_key,
     queries_and_keys,
     query_key_context,
-    query_key_descent,
+    query_key_data,
+    query_key_importance,
+    query_key_refit,
 )
 from jaxprune.sparsity import Sparsity
 
@@ -74,7 +76,7 @@ def test_without_positions_a_head_is_its_fused_matrix(key, x64):
 @pytest.mark.parametrize("refit", [True, False])
 def test_counts_are_exact_and_dropped_weights_are_zero(key, sparsity, refit):
     x, wq, wk = layer(key)
-    found = prune_query_key(x, wq, wk, sparsity, rope=ROPE, steps=20, refit=refit)
+    found = prune_query_key(x, wq, wk, sparsity, rope=ROPE, steps=20, start="dense", refit=refit)
     for weight, kept, dense in ((found.wq, found.keep_q, wq), (found.wk, found.keep_k, wk)):
         assert (~kept).sum() == Sparsity.parse(sparsity).drop_count(dense.size)
         assert not weight[~kept].any()
@@ -87,8 +89,8 @@ def test_counts_are_exact_and_dropped_weights_are_zero(key, sparsity, refit):
 def test_descent_beats_its_ranking_and_the_baselines_on_fresh_sequences(key):
     x, wq, wk = layer(key, 48)
     fresh, fit = x[:16], x[16:]
-    found = prune_query_key(fit, wq, wk, "0.5", rope=ROPE, steps=200)
-    ranking = prune_query_key(fit, wq, wk, "0.5", rope=ROPE, steps=0)
+    found = prune_query_key(fit, wq, wk, "0.5", rope=ROPE, steps=200, start="dense")
+    ranking = prune_query_key(fit, wq, wk, "0.5", rope=ROPE, steps=0, start="dense")
     dense = flat(wq, wk)
     rivals = {
         "ranking": flat(ranking.wq, ranking.wk),
@@ -109,7 +111,8 @@ def test_sensitivity_finds_the_column_that_attention_does_not_feel(key):
     """A component whose key is zero can be dropped from the query for nothing."""
     x, wq, wk = layer(key)
     silent = wk.at[:, 0, 1].set(0)
-    context = query_key_context(flat(wq, silent), {"x": x, "x0": x}, AttentionForm(), SETTINGS)
+    context = query_key_context(flat(wq, silent), x, AttentionForm(), SETTINGS)
+    context = query_key_importance(context, query_key_data(x, x, context, SETTINGS), SETTINGS)
     importance = context.importance[0].score(wq.reshape(D, -1)).reshape(wq.shape).max(axis=0)
     others = jnp.delete(importance.reshape(-1), jnp.array([1, 5]))
     assert importance[:2, 1].max() < 0.3 * jnp.median(others)
@@ -152,9 +155,13 @@ def test_the_output_counts_where_values_are_given(key, x64, unchecked):
     expected = 0.5 * (difference**2).sum() + ((difference @ outputs) ** 2).sum() / spread
 
     settings, data = SETTINGS._replace(output_weight=2.0), {"x": x, "x0": x}
-    context = query_key_context(dense, data, AttentionForm(rope), settings, wv, wo)
-    descent = query_key_descent(dense, data, context, settings)
+    context = query_key_context(dense, x, AttentionForm(rope), settings, wv, wo)
+    descent = query_key_refit(pruned, context, settings)
     np.testing.assert_allclose(descent.objective(pruned, data), expected / 4, rtol=1e-9)
+    # Dense queries, keys and values that are kept give the same.
+    kept = query_key_data(x, x, context, settings)
+    assert kept.keys() == {"x", "q0", "k0", "values"}
+    np.testing.assert_allclose(descent.objective(pruned, kept), expected / 4, rtol=1e-9)
 
     with pytest.raises(InputError, match="wv and wo"):
         prune_query_key(x, wq, wk, "0.6", rope=ROPE, wv=wv)
@@ -167,7 +174,7 @@ def test_vmap_over_layers_equals_one_at_a_time(key):
     x, wq, wk = (jnp.stack(a) for a in zip(*layers, strict=True))
 
     def one(x, wq, wk):
-        return prune_query_key(x, wq, wk, "0.5", rope=ROPE, steps=10)
+        return prune_query_key(x, wq, wk, "0.5", rope=ROPE, steps=10, start="dense")
 
     mapped = jax.vmap(one)(x, wq, wk)
     for i in range(2):
@@ -182,7 +189,9 @@ def test_same_key_same_descent_and_another_key_another(key):
     x, wq, wk = layer(key, 32)
 
     def run(seed):
-        found = prune_query_key(x, wq, wk, "0.5", rope=ROPE, steps=10, key=jax.random.key(seed))
+        found = prune_query_key(
+            x, wq, wk, "0.5", rope=ROPE, steps=10, start="dense", key=jax.random.key(seed)
+        )
         return found.trace.loss
 
     assert (run(1) == run(1)).all()

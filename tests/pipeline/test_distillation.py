@@ -14,7 +14,8 @@ from jaxprune.pipeline.distillation import (
     distillation,
     resampled,
 )
-from jaxprune.pipeline.model import PruneSettings, distillation_steps
+from jaxprune.pipeline.model import distillation_steps
+from jaxprune.pipeline.settings import PruneSettings
 from jaxprune.sparsity import Sparsity
 
 NAMES = ("wq", "wk")
@@ -67,7 +68,7 @@ def weights(context):
 
 
 def test_objective_is_the_divergence_of_the_predictions(dense, context, weights, tokens):
-    descent = distillation(weights, {"tokens": tokens}, context, DistillationSettings())
+    descent = distillation(weights, context, DistillationSettings())
     found = descent.objective(weights, {"tokens": tokens})
     expected = window_divergences(context.model, dense, tokens).mean()
     assert found > 1e-3
@@ -75,7 +76,7 @@ def test_objective_is_the_divergence_of_the_predictions(dense, context, weights,
 
 
 def test_gradient_is_that_of_finite_differences(context, weights, tokens):
-    descent = distillation(weights, {"tokens": tokens}, context, DistillationSettings())
+    descent = distillation(weights, context, DistillationSettings())
 
     def loss(w):
         return descent.objective(w, {"tokens": tokens})
@@ -94,7 +95,7 @@ def test_gradient_is_that_of_finite_differences(context, weights, tokens):
 def test_kept_weights_learn_and_dropped_ones_stay_zero(context, weights, tokens):
     settings = DistillationSettings(steps=100, learning_rate=0.05)
     fit, fresh = {"tokens": tokens[:12]}, {"tokens": tokens[12:]}
-    descent = distillation(weights, fit, context, settings)
+    descent = distillation(weights, context, settings)
     found = jax.jit(
         lambda: descend(descent, weights, fit, key=jax.random.key(0), validation=fresh)
     )()

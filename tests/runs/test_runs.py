@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 from jaxprune.errors import InputError
-from jaxprune.runs.metrics import Columns, read_metrics
 from jaxprune.runs.folder import RunFolder, recorded
-from jaxprune.storage import check_writable, replacing, write_arrays, write_json
+from jaxprune.runs.metrics import Columns, read_metrics
 from jaxprune.runs.repetition import differences
+from jaxprune.storage import check_writable, replacing, write_arrays, write_json
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxprune.runs.script import Flag, run_script, use_compilation_cache
 from jaxprune.errors import InputError
+from jaxprune.runs.script import Flag, run_script, use_compilation_cache
 
 
 @dataclass(frozen=True)

@@ -366,10 +366,21 @@ def after_attention(
     return hidden, LinearInputs(attention=x, output=output, mlp=y, down=down)
 
 
+class Tapped(NamedTuple):
+    """A weight whose output is seen: a gradient in ``tap`` is one in the output of the map."""
+
+    weight: Float[Array, "i o"]
+    tap: Float[Array, "*b o"]
+
+
 def linear(
-    x: Float[Array, "*b i"], w: Float[Array, "i o"], bias: Float[Array, " o"] | None = None
+    x: Float[Array, "*b i"],
+    w: Float[Array, "i o"] | Tapped,
+    bias: Float[Array, " o"] | None = None,
 ) -> Float[Array, "*b o"]:
     """``x @ w + bias`` in the type of ``x``, accumulated in float32."""
+    if isinstance(w, Tapped):
+        return linear(x, w.weight, bias) + w.tap
     y = contract("...i,io->...o", x, w.astype(x.dtype))
     return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
 

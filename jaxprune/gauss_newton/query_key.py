@@ -1,0 +1,163 @@
+"""``W_Q`` and ``W_K`` of a layer, pruned in closed form on its attention matrices."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Key
+
+from jaxprune.attention import AttentionForm
+from jaxprune.errors import InputError
+from jaxprune.gauss_newton.admm import PrunedKronecker, kronecker_admm
+from jaxprune.gauss_newton.moments import Form, Moments, gauss_newton_moments
+from jaxprune.gauss_newton.residuals import AttentionMatrices, FusedAttention
+from jaxprune.sparsity import Group, Sparsity
+
+
+class QueryKeyMoments(NamedTuple):
+    """Curvature of attention in both projections, ``B`` in blocks by head.
+
+    Attributes:
+      q: of the query projection, ``[d, d]`` and ``[heads, k, k]``.
+      k: of the key projection, ``[d, d]`` and ``[kv_heads, k, k]``.
+    """
+
+    q: Moments
+    k: Moments
+
+
+def query_key_moments(
+    x: Float[Array, "b n d"],
+    wq: Float[Array, "d h k"],
+    wk: Float[Array, "d g k"],
+    *,
+    form: AttentionForm,
+    scale: float | None = None,
+    causal: bool = True,
+    outputs: Float[Array, "d h v"] | None = None,
+    row_weights: Float[Array, "b n"] | None = None,
+    sequences: int | None = None,
+    key: Key[Array, ""] | None = None,
+) -> QueryKeyMoments:
+    """Kronecker factors of the Gauss-Newton matrix of a layer's attention matrices.
+
+    ``½ tr(A E B Eᵀ)`` of each projection estimates the mean over sequences of ``½ Σ_heads ‖δF‖²``
+    for an error ``E`` of that projection alone; with ``outputs``, of
+    ``½ Σ_heads (‖δF‖² + ‖δF V‖²)``. One backward pass with random signs a sequence;
+    ``jaxprune.gauss_newton.moments`` has the derivation.
+
+    Args:
+      x: inputs of the projections, ``b`` sequences.
+      wq: query projection of all heads.
+      wk: key projection; each key head serves ``h/g`` consecutive query heads.
+      form: what is done to the projections' outputs before the softmax.
+      scale: of the logits; ``1/√k`` if ``None``.
+      causal: Def. 3.1 if true, else Def. 1.1.
+      outputs: maps from inputs to values, where what attention does to them counts too.
+      row_weights: weight of every token in the factors; zero leaves it out.
+      sequences: take only the first so many; all if ``None``.
+      key: randomness of the cotangents; ``jax.random.key(0)`` if ``None``.
+
+    Raises:
+      InputError: shapes do not match, or values are not finite.
+    """
+    if (
+        (x.ndim, wq.ndim, wk.ndim) != (3, 3, 3)
+        or not x.shape[2] == wq.shape[0] == wk.shape[0]
+        or wq.shape[2] != wk.shape[2]
+        or wq.shape[1] % wk.shape[1]
+        or (form.rope is not None and form.rope.shape != (wq.shape[2] // 2,))
+        or (outputs is not None and (outputs.ndim != 3 or outputs.shape[:2] != wq.shape[:2]))
+    ):
+        raise InputError(
+            f"x {x.shape}, wq {wq.shape}, wk {wk.shape}, rope "
+            f"{None if form.rope is None else form.rope.shape}, outputs "
+            f"{None if outputs is None else outputs.shape} do not match: expected [b, n, d], "
+            "[d, heads, k], [d, kv_heads, k] with kv_heads dividing heads, [k/2], [d, heads, v]"
+        )
+    if sequences is not None:
+        if sequences < 1:
+            raise InputError(f"sequences {sequences}: expected 1 or more")
+        x = x[:sequences]
+        row_weights = None if row_weights is None else row_weights[:sequences]
+    d, heads, width = wq.shape
+    residual = AttentionMatrices(
+        heads, wk.shape[1], width**-0.5 if scale is None else scale, causal
+    )
+    found = gauss_newton_moments(
+        residual,
+        {"q": wq.reshape(d, -1), "k": wk.reshape(d, -1)},
+        {"q": x, "k": x},
+        None if outputs is None else {"x": x},
+        {"form": form, "outputs": outputs},
+        forms={"q": Form(blocks=heads), "k": Form(blocks=wk.shape[1])},
+        row_weights=row_weights,
+        key=key,
+    )
+    return QueryKeyMoments(found["q"], found["k"])
+
+
+def prune_query_key_on(
+    moments: QueryKeyMoments,
+    wq: Float[Array, "d h k"],
+    wk: Float[Array, "d g k"],
+    sparsity: Sparsity | Any,
+    *,
+    damping: float = 0.01,
+    group: Group = "matrix",
+) -> tuple[PrunedKronecker, PrunedKronecker]:
+    """Prune both projections of a layer, each on its own quadratic form, by ``kronecker_admm``.
+
+    Args:
+      moments: of ``query_key_moments``.
+      wq: query projection.
+      wk: key projection.
+      sparsity: of each matrix, ``Sparsity`` or what ``Sparsity.parse`` reads.
+      damping: see ``factorise``.
+      group: entries that compete.
+
+    Returns:
+      Both as matrices ``[d, h·k]`` and ``[d, g·k]``, heads one after the other.
+
+    Raises:
+      InputError: as ``kronecker_admm``.
+    """
+    pruned = [
+        kronecker_admm(
+            w.reshape(w.shape[0], -1),
+            m.inputs,
+            m.outputs,
+            sparsity,
+            damping=damping,
+            group=group,
+        )
+        for w, m in zip((wq, wk), moments, strict=True)
+    ]
+    return pruned[0], pruned[1]
+
+
+def fused_moments(
+    x: Float[Array, "b n d"],
+    w: Float[Array, "d d"],
+    *,
+    causal: bool = True,
+    row_weights: Float[Array, "b n"] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> Moments:
+    """Kronecker factors for the fused weight of one head: ``B = Σ_i xᵀ J_i² x``, full.
+
+    Args:
+      x: activations, ``b`` sequences.
+      w: fused weight, any scale included.
+      causal: Def. 3.2 if true, else Def. 1.2.
+      row_weights: weight of every token's row; zero leaves a row out.
+      key: randomness of the cotangents; ``jax.random.key(0)`` if ``None``.
+
+    Raises:
+      InputError: shapes do not match, or values are not finite.
+    """
+    residual = FusedAttention(causal)
+    found = gauss_newton_moments(
+        residual, {"w": w}, {"w": x}, {"x": x}, row_weights=row_weights, key=key
+    )
+    return found["w"]

@@ -1,0 +1,295 @@
+"""A checkpoint in, a pruned checkpoint out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from jaxprune.errors import InputError
+from jaxprune.evaluation.summary import summary_figure
+from jaxprune.models import llama
+from jaxprune.models.llama.checkpoint import write_weights
+from jaxprune.models.llama.files import checkpoint_hashes
+from jaxprune.pipeline.model import Progress, distillation_steps, prune_model, units
+from jaxprune.pipeline.settings import TARGETS, PruneSettings
+from jaxprune.runs import plotting
+from jaxprune.runs.folder import RunFolder, configuration, environment
+from jaxprune.sharding import by_writer, use_mesh
+from jaxprune.sparsity import Sparsity
+from jaxprune.storage import check_new_folder, new_folder, read_json, write_arrays, write_json
+from jaxprune.text.tokenizer import Tokenizer
+from jaxprune.text.windows import Windows, calibration_windows
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class PruneRequest:
+    """What ``prune_checkpoint`` was asked for, as it is recorded with the result.
+
+    Attributes are the arguments of that function.
+    """
+
+    model: str
+    calibration: str = "zoo"
+    windows: int | None = None
+    seqlen: int | None = None
+    heldout: int | None = None
+    method: str = "descent"
+    targets: str = "qk"
+    sparsity: str = "0.5"
+    refit: bool | None = None
+    start: str = "gauss-newton"
+    propagate: bool = True
+    steps: int | None = None
+    distill: int | None = None
+    batch: int = 8
+    seed: int = 0
+    dtype: str = "float32"
+    repeat: Path | None = None
+
+    def settings(self) -> PruneSettings:
+        """What the pipeline needs to know."""
+        return PruneSettings(
+            method=self.method,
+            targets=self.targets,
+            sparsity=Sparsity.parse(self.sparsity),
+            refit=self.refit,
+            start=self.start,
+            propagate=self.propagate,
+            steps=self.steps,
+            distill=self.distill,
+            batch=self.batch,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What was pruned, and how far it is from the dense model.
+
+    Attributes:
+      out: folder of the new checkpoint.
+      achieved_sparsity: fraction of exact zeros in every pruned matrix, one number a block.
+      attention_error: a row for every head of every block, ``calibration_error`` and
+        ``heldout_error`` relative to the dense attention.
+      seconds: of the work of this call; ``None`` where the run had finished before.
+    """
+
+    out: Path
+    achieved_sparsity: dict[str, list[float]]
+    attention_error: list[dict[str, Any]]
+    seconds: float | None
+
+    def __str__(self) -> str:
+        removed = np.mean([v for values in self.achieved_sparsity.values() for v in values])
+        mean = pd.DataFrame(self.attention_error)[["calibration_error", "heldout_error"]].mean()
+        return (
+            f"{self.out}: {removed:.4f} of the pruned matrices is zero; relative attention error "
+            f"{mean['calibration_error']:.4f} on calibration, {mean['heldout_error']:.4f} held-out"
+        )
+
+
+def prune_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: str = "zoo",
+    windows: int | None = None,
+    seqlen: int | None = None,
+    heldout: int | None = None,
+    method: str = "descent",
+    targets: str = "qk",
+    sparsity: Any = "0.5",
+    refit: bool | None = None,
+    start: str = "gauss-newton",
+    propagate: bool = True,
+    steps: int | None = None,
+    distill: int | None = None,
+    batch: int = 8,
+    seed: int = 0,
+    dtype: str = "float32",
+    mesh: str | None = None,
+    resume: bool = False,
+    repeat: Path | None = None,
+    announce: Callable[[str], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> PruneReport:
+    """Prune a checkpoint and write one that ``transformers`` opens, with masks and a report.
+
+    Nothing is printed. The folder ``out`` appears whole or not at all; until then the run keeps
+    what it needs to go on in ``.NAME.work`` beside it.
+
+    Args:
+      model: ``zoo``, a Hugging Face folder, a .gguf file, or ``owner/name`` on the hub.
+      out: folder of the new checkpoint; must not exist.
+      calibration: ``zoo``, a text file, ``c4``, ``wikitext2``, or a preset: ``standard``,
+        ``paper``.
+      windows: to calibrate on; 128, or as the preset says, if ``None``.
+      seqlen: tokens of a window, a BOS included; 256, or as the preset says, if ``None``.
+      heldout: windows for held-out errors; 16, or as the preset says, if ``None``.
+      method: one of ``settings.METHODS``.
+      targets: ``qk`` or ``all``.
+      sparsity: of every pruned matrix, ``Sparsity`` or what ``Sparsity.parse`` reads.
+      refit: let kept weights adapt block by block; if ``None``, with ``descent`` alone.
+      start: of ``descent``: ``gauss-newton`` or ``dense``.
+      propagate: calibrate on the model as pruned so far.
+      steps: of a descent in every block; the preset's if ``None``.
+      distill: steps of the distillation at the end; see ``PruneSettings``.
+      batch: windows at once in forward passes.
+      seed: of random batches, cotangents, and windows drawn from C4.
+      dtype: of the model's weights and activations, ``float32`` or ``bfloat16``.
+      mesh: ``SxH``, devices along sequences and heads; all there are if ``None``.
+      resume: go on with an interrupted run with the same ``out``.
+      repeat: folder of a pruned checkpoint whose inputs must be the same.
+      announce: called once with a line on what is about to be done and held in memory.
+      progress: called as the work goes on.
+
+    Raises:
+      InputError: an argument is wrong; named in the message, before any long work.
+    """
+    began, out = time.monotonic(), Path(out)
+    request = PruneRequest(
+        model=str(model),
+        calibration=calibration,
+        windows=windows,
+        seqlen=seqlen,
+        heldout=heldout,
+        method=method,
+        targets=targets,
+        sparsity=str(sparsity),
+        refit=refit,
+        start=start,
+        propagate=propagate,
+        steps=steps,
+        distill=distill,
+        batch=batch,
+        seed=seed,
+        dtype=dtype,
+        repeat=repeat,
+    )
+    settings = request.settings()
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype}: expected {' or '.join(DTYPES)}")
+    if heldout is not None and heldout < 1:
+        raise InputError(f"heldout {heldout}: expected 1 or more")
+    work = work_folder(out)
+    if resume and _finished_before(out, request):
+        by_writer(lambda: shutil.rmtree(work, ignore_errors=True))
+        report = read_json(out / "pruning.json")
+        return PruneReport(out, report["achieved_sparsity"], report["attention_error"], None)
+    by_writer(lambda: check_new_folder(out))
+    folder = llama.locate(request.model)
+    config = llama.load_config(folder)
+    settings.check(config)
+    fit, fresh = calibration_windows(
+        calibration,
+        Tokenizer(folder, config.vocab_size),
+        windows=windows,
+        seqlen=seqlen,
+        heldout=heldout,
+        seed=seed,
+    )
+    if announce is not None:
+        announce(_plan(settings, config, fit, fresh))
+    inputs = {
+        "model": checkpoint_hashes(folder),
+        "calibration": fit.hashes(),
+        "heldout": fresh.hashes(),
+    }
+    with (
+        use_mesh(mesh, config.num_key_value_heads),
+        RunFolder(work, request, resume=resume, inputs=inputs) as run,
+    ):
+        loaded = llama.load(folder, dtype)
+        masks: dict[str, np.ndarray] = {}
+        rows: list[dict[str, Any]] = []
+        notify = progress or (lambda where: None)
+        notify(Progress(0, units(settings, config), "start"))
+        for layer, kept, new in prune_model(
+            loaded, fit.tokens, fresh.tokens, settings, run, notify
+        ):
+            masks |= {f"{layer}.{name}": mask for name, mask in kept.items()}
+            rows += new
+        seconds = time.monotonic() - began
+        result = PruneReport(out, _achieved_sparsity(loaded, targets), rows, seconds)
+        texts = {"calibration": fit.protocol, "heldout": fresh.protocol}
+        by_writer(lambda: _write(request, result, loaded, folder, masks, texts, run.inputs))
+    run.remove()
+    return result
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run keeps what it needs to resume, beside its output."""
+    return out.resolve().parent / f".{out.name}.work"
+
+
+def _finished_before(out: Path, request: PruneRequest) -> bool:
+    """Whether this very run has finished already (killed just before it could say so)."""
+    report = out / "pruning.json"
+    return report.is_file() and read_json(report).get("configuration") == configuration(request)
+
+
+def _plan(settings: PruneSettings, config: llama.LlamaConfig, fit: Windows, fresh: Windows) -> str:
+    hidden = 4 * config.hidden_size * (2 * fit.tokens.size + fresh.tokens.size)
+    line = (
+        f"{settings.method} on {', '.join(settings.names)} of {config.num_hidden_layers} blocks; "
+        f"besides the weights and one block's work, {hidden / 2**20:.0f} MiB of hidden states are "
+        "held, in proportion to the windows"
+    )
+    if distillation_steps(settings, config):
+        line += "; distillation holds the dense blocks too"
+    return line
+
+
+def _achieved_sparsity(model: llama.Llama, targets: str) -> dict[str, list[float]]:
+    """Fraction of exact zeros in every pruned matrix, one number a block."""
+    blocks = model.blocks.get_value()
+    return {
+        name: [float(np.mean(np.asarray(matrix) == 0)) for matrix in getattr(blocks, name)]
+        for name in TARGETS[targets]
+    }
+
+
+def _write(
+    request: PruneRequest,
+    result: PruneReport,
+    model: llama.Llama,
+    source: Path,
+    masks: dict[str, np.ndarray],
+    texts: dict[str, Any],
+    inputs: dict[str, dict[str, str]],
+) -> None:
+    """The new checkpoint with its report, masks and figure; it appears whole or not at all."""
+    metrics = pd.DataFrame(result.attention_error)
+    report = {
+        "configuration": configuration(request),
+        "environment": environment(),
+        "inputs": inputs,
+        **texts,
+        "achieved_sparsity": result.achieved_sparsity,
+        "attention_error": result.attention_error,
+        "seconds": result.seconds,
+        "peak_device_memory": _peak_memory(),
+    }
+    title = f"{request.model}: {request.method} on {request.targets}, sparsity {request.sparsity}"
+    with new_folder(result.out) as folder:
+        write_weights(model, source, folder)
+        write_arrays(folder / "keep_masks.npz", **masks)
+        metrics.to_csv(folder / "metrics.csv", index=False)
+        plotting.save(summary_figure(metrics, title), folder, "summary")
+        write_json(folder / "pruning.json", report)
+
+
+def _peak_memory() -> int | None:
+    """Peak bytes of the device, where it counts them (a CPU does not)."""
+    statistics = jax.local_devices()[0].memory_stats()
+    return None if statistics is None else statistics.get("peak_bytes_in_use")

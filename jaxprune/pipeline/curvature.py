@@ -1,0 +1,172 @@
+"""The curvature of a model's predictions, seen from the outputs of its linear maps.
+
+To second order, the KL divergence of the predictions is ``½ vec(E)ᵀ F vec(E)`` in an error ``E``
+of a weight, with the Fisher matrix ``F = E[vec(x gᵀ) vec(x gᵀ)ᵀ]``: ``g = ∂ log p(y | context) / ∂
+(output of the map)``, labels ``y`` drawn by the model itself. ``jaxprune.gauss_newton`` takes it
+by its Kronecker factors ``A = Σ_t ω_t x_t x_tᵀ / Σ_t ω_t`` and ``B = Σ_t g_t g_tᵀ``, ``ω_t =
+‖g_t‖²``. One pass over the windows, forwards and backwards, gives ``B`` and ``ω`` of every map;
+``A`` is gathered later, on what the model pruned so far computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from jaxprune.attention import accumulation_dtype, contract
+from jaxprune.models.llama.activations import next_hidden
+from jaxprune.models.llama.config import LlamaConfig
+from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, Tapped, block
+
+# Outputs of a full ``B``. Wider maps have blocks of this size on the diagonal.
+FULL_OUTPUTS = 2048
+
+
+class MapCurvature(NamedTuple):
+    """What the predictions feel of the outputs of one linear map, summed over windows.
+
+    Attributes:
+      outputs: blocks of ``B``, a mean over windows.
+      token_weights: ``ω_t`` of every token.
+      input_squares: ``Σ_t ω_t x_ti²`` on the dense model's activations.
+    """
+
+    outputs: Float[Array, "p k k"]
+    token_weights: Float[np.ndarray, "w n"]
+    input_squares: Float[Array, " d_in"]
+
+    def saliency(self, w: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+        """``½ A_ii B_jj w_ij²``, nats a window that dropping an entry costs, to first order."""
+        outputs = jnp.diagonal(self.outputs, axis1=-2, axis2=-1).reshape(-1)
+        inputs = self.input_squares / max(float(self.token_weights.sum()), 1e-30)
+        return 0.5 * inputs[:, None] * outputs * jnp.square(w.astype(outputs.dtype))
+
+
+Curvature = list[dict[str, MapCurvature]]
+"""Of every block, by the names of its maps."""
+
+
+def output_blocks(width: int, full: int = FULL_OUTPUTS) -> int:
+    """Blocks of ``B`` for a map with so many outputs: as few as have at most ``full`` each."""
+    return next(p for p in range(1, width + 1) if width % p == 0 and width // p <= full)
+
+
+def prediction_curvature(
+    model: Llama,
+    tokens: Int[np.ndarray, "w n"],
+    names: tuple[str, ...],
+    key: Key[Array, ""],
+    *,
+    batch: int,
+    full: int = FULL_OUTPUTS,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Curvature:
+    """Curvature of the predictions in the outputs of linear maps of all blocks.
+
+    Args:
+      model: the dense model.
+      tokens: windows.
+      names: of the maps, fields of ``BlockWeights``.
+      key: of the drawn labels; a window has its own, whatever the batch.
+      batch: windows at once.
+      full: greatest width of a block of ``B``.
+      progress: called with the number of batches done.
+    """
+    config, windows = model.config, len(tokens)
+    layers = range(config.num_hidden_layers)
+    sums = [_zeros(model, names, full) for _ in layers]
+    weights_of_tokens: list[dict[str, list[np.ndarray]]] = [{n: [] for n in names} for _ in layers]
+    for number, start in enumerate(range(0, windows, batch)):
+        here = jnp.asarray(tokens[start : start + batch])
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(len(here)))
+        hidden = [model.embed(here)]
+        for layer in layers:
+            hidden.append(next_hidden(model.block_weights(layer), hidden[-1], config, batch=batch))
+        gradient = _head_gradient(model, hidden.pop(), keys)
+        for layer in reversed(layers):
+            gradient, sums[layer], felt = _through_block(
+                model.block_weights(layer), hidden.pop(), gradient, sums[layer], config
+            )
+            for name, value in felt.items():
+                weights_of_tokens[layer][name].append(np.asarray(value))
+        progress(number + 1)
+    return [
+        {
+            name: MapCurvature(
+                sums[layer][name][0] / windows,
+                np.concatenate(weights_of_tokens[layer][name]),
+                sums[layer][name][1],
+            )
+            for name in names
+        }
+        for layer in layers
+    ]
+
+
+def _zeros(model: Llama, names: tuple[str, ...], full: int) -> dict[str, tuple[Array, Array]]:
+    sums = {}
+    for name in names:
+        d_in, d_out = getattr(model.blocks.get_value(), name).shape[1:]
+        blocks = output_blocks(d_out, full)
+        sums[name] = (jnp.zeros((blocks, d_out // blocks, d_out // blocks)), jnp.zeros(d_in))
+    return sums
+
+
+@jax.jit
+def _head_gradient(
+    model: Llama, hidden: Float[Array, "b n d"], keys: Key[Array, " b"]
+) -> Float[Array, "b n d"]:
+    """Gradient of the log-likelihood of drawn labels in the hidden states after all blocks."""
+
+    def one(window: tuple[Array, Array]) -> Array:
+        hidden, key = window
+        logits, pull = jax.vjp(model.head, hidden)
+        predictions = jax.nn.softmax(logits)
+        # By the inverse of the distribution function: one random number for each token.
+        below = jnp.cumsum(predictions, axis=-1)
+        level = jax.random.uniform(key, logits.shape[:1], below.dtype) * below[:, -1]
+        drawn = jnp.sum(below <= level[:, None], axis=-1)
+        drawn = jnp.minimum(drawn, logits.shape[-1] - 1)
+        gradient = (-predictions).at[jnp.arange(len(drawn)), drawn].add(1)
+        return pull(gradient.astype(logits.dtype))[0]
+
+    return jax.lax.map(one, (hidden, keys))
+
+
+@partial(jax.jit, static_argnames="config", donate_argnums=3)
+def _through_block(
+    weights: BlockWeights,
+    hidden: Float[Array, "b n d"],
+    gradient: Float[Array, "b n d"],
+    sums: dict[str, tuple[Array, Array]],
+    config: LlamaConfig,
+) -> tuple[Array, dict[str, tuple[Array, Array]], dict[str, Float[Array, "b n"]]]:
+    """Gradient before a block, sums that its maps add to, and what each token weighs in them."""
+    lead = hidden.shape[:2]
+
+    def through(hidden: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
+        tapped: Any = {n: Tapped(getattr(weights, n), tap) for n, tap in taps.items()}
+        return block(weights._replace(**tapped), hidden, config)
+
+    taps = {
+        name: jnp.zeros((*lead, getattr(weights, name).shape[1]), hidden.dtype) for name in sums
+    }
+    _, pull, inputs = jax.vjp(through, hidden, taps, has_aux=True)
+    before, outputs = pull(gradient)
+    after, felt = {}, {}
+    for name, (square, input_squares) in sums.items():
+        kind = accumulation_dtype(outputs[name])
+        g = outputs[name].astype(kind).reshape(-1, *square.shape[:2])
+        felt[name] = jnp.sum(g**2, axis=(1, 2)).reshape(lead)
+        x = getattr(inputs, INPUT_OF[name]).astype(kind)
+        after[name] = (
+            square + contract("tpk,tpl->pkl", g, g),
+            input_squares + contract("bn,bnd->d", felt[name], x**2),
+        )
+    return before, after, felt

@@ -1,0 +1,97 @@
+"""What to prune and how: the settings of a run, and the names that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxprune.baselines import BASELINES
+from jaxprune.errors import InputError
+from jaxprune.models.llama.config import LlamaConfig
+from jaxprune.models.llama.modeling import INPUT_OF
+from jaxprune.sparsity import Sparsity
+
+METHODS = (*BASELINES, "gauss-newton", "descent")
+TARGETS = {"qk": ("wq", "wk"), "all": tuple(INPUT_OF)}
+STARTS = ("gauss-newton", "dense")
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What to prune and how.
+
+    Attributes:
+      method: one of ``METHODS``.
+      targets: ``qk`` for ``W_Q`` and ``W_K``, ``all`` for the seven linear maps of every block.
+      sparsity: of every pruned matrix.
+      refit: kept weights adapt on the error of the block; if ``None``, with ``descent`` alone.
+        ``descent`` without it keeps their values (``qk``).
+      start: what ``descent`` goes on from: the closed form of ``gauss-newton``, whose masks it
+        keeps, or the ``dense`` weights under a mask that tightens.
+      propagate: calibrate on the model as pruned so far (``all`` always does).
+      steps: of a descent; the preset's if ``None``.
+      distill: steps of the distillation at the end, of all kept weights; if ``None``, the
+        preset's after ``descent`` in models of up to 100 million parameters, else none.
+      batch: windows at once in forward passes.
+      seed: of random batches and random cotangents.
+      tuning: further changes to the settings of a descent.
+    """
+
+    method: str
+    targets: str
+    sparsity: Sparsity
+    refit: bool | None = None
+    start: str = "gauss-newton"
+    propagate: bool = True
+    steps: int | None = None
+    distill: int | None = None
+    batch: int = 8
+    seed: int = 0
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The pruned matrices of a block, fields of ``BlockWeights``."""
+        return TARGETS[self.targets]
+
+    @property
+    def refits(self) -> bool:
+        """Whether kept weights adapt block by block."""
+        return self.method == "descent" if self.refit is None else self.refit
+
+    @property
+    def gradual(self) -> bool:
+        """Whether a descent finds the mask itself, from the dense weights."""
+        return self.method == "descent" and self.start == "dense"
+
+    @property
+    def first(self) -> str:
+        """What finds the masks before kept weights adapt."""
+        return "gauss-newton" if self.method == "descent" else self.method
+
+    def check(self, config: LlamaConfig) -> None:
+        """Raise ``InputError``, naming the setting, for choices that cannot work."""
+        if self.method not in METHODS:
+            raise InputError(f"method {self.method}: expected one of {', '.join(METHODS)}")
+        if self.targets not in TARGETS:
+            raise InputError(f"targets {self.targets}: expected one of {', '.join(TARGETS)}")
+        if self.start not in STARTS:
+            raise InputError(f"start {self.start}: expected one of {', '.join(STARTS)}")
+        if self.refit is False and (self.method, self.targets) != ("descent", "qk"):
+            raise InputError("refit: False only with method descent and targets qk")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps {self.steps}: expected 1 or more")
+        if self.steps is not None and not (self.refits or self.gradual):
+            raise InputError(f"steps: method {self.method} takes none without refit")
+        if self.distill is not None and self.distill < 0:
+            raise InputError(f"distill {self.distill}: expected 0 or more steps")
+        if self.distill and self.refit is False:
+            raise InputError("distill: not where refit is False, which keeps the weights' values")
+        if self.batch < 1:
+            raise InputError(f"batch {self.batch}: expected 1 or more")
+        widths = {config.hidden_size}
+        if self.targets == "all":
+            widths |= {config.num_attention_heads * config.head_dim, config.intermediate_size}
+        for width in sorted(widths):
+            self.sparsity.check_divides(width)

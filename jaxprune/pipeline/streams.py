@@ -1,0 +1,108 @@
+"""Hidden states on their way through a model, and statistics of what its linear maps see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxprune.attention import rms_norm
+from jaxprune.models.llama.activations import next_hidden
+from jaxprune.models.llama.config import LlamaConfig
+from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, block
+from jaxprune.sharding import split_windows
+
+
+class Streams(NamedTuple):
+    """Hidden states before a block, of the dense model and of the one pruned so far."""
+
+    dense: Array
+    pruned: Array
+    heldout: Array
+    config: LlamaConfig
+
+    @classmethod
+    def start(cls, model: Llama, tokens: np.ndarray, heldout: np.ndarray) -> Streams:
+        """Streams before the first block."""
+        hidden, fresh = (
+            split_windows(model.embed(jnp.asarray(windows))) for windows in (tokens, heldout)
+        )
+        return cls(hidden, hidden, fresh, model.config)
+
+    def after(self, dense: BlockWeights, pruned: BlockWeights | None, batch: int) -> Streams:
+        """Streams after a block; without ``pruned``, that stream is not advanced."""
+        through = partial(next_hidden, config=self.config, batch=batch)
+        return self._replace(
+            dense=through(dense, self.dense),
+            pruned=self.pruned if pruned is None else through(pruned, self.pruned),
+            heldout=through(dense, self.heldout),
+        )
+
+    def normed(self, hidden: Array, weights: BlockWeights) -> Array:
+        """What ``W_Q``, ``W_K`` and ``W_V`` of a block are applied to."""
+        return rms_norm(hidden, weights.attention_norm, self.config.rms_norm_eps)
+
+
+def mean_statistic(
+    dense: BlockWeights,
+    streams: Streams,
+    names: tuple[str, ...],
+    statistic: Callable[[Array], Array],
+    batch: int,
+) -> dict[str, Array]:
+    """Mean over all windows of a statistic of the inputs of linear maps, batch by batch.
+
+    Args:
+      dense: weights of the block, as the originals of Wanda and SparseGPT take its inputs.
+      streams: the pruned one goes in.
+      names: of the linear maps.
+      statistic: of inputs ``[b, n, d_in]``, a mean over sequences.
+      batch: windows at once.
+    """
+    fields = tuple(sorted({INPUT_OF[name] for name in names}))
+    windows = streams.pruned.shape[0]
+    total: dict[str, Array] = {}
+    for start in range(0, windows, batch):
+        hidden = streams.pruned[start : start + batch]
+        share = hidden.shape[0] / windows
+        part = _batch_statistics(dense, hidden, streams.config, fields, statistic)
+        total = {f: total.get(f, 0) + share * value for f, value in part.items()}
+    return {name: total[INPUT_OF[name]] for name in names}
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _batch_statistics(
+    dense: BlockWeights,
+    hidden: Array,
+    config: LlamaConfig,
+    fields: tuple[str, ...],
+    statistic: Callable[[Array], Array],
+) -> dict[str, Array]:
+    inputs = block(dense, hidden, config)[1]
+    return {field: statistic(getattr(inputs, field)) for field in fields}
+
+
+def linear_inputs(
+    dense: BlockWeights, streams: Streams, names: tuple[str, ...], batch: int
+) -> dict[str, Array]:
+    """All inputs ``[w, n, d_in]`` of linear maps, for methods that need them whole."""
+    fields = tuple(sorted({INPUT_OF[name] for name in names}))
+    parts = [
+        _batch_inputs(dense, streams.pruned[start : start + batch], streams.config, fields)
+        for start in range(0, streams.pruned.shape[0], batch)
+    ]
+    whole = {field: jnp.concatenate([part[field] for part in parts]) for field in fields}
+    return {name: whole[INPUT_OF[name]] for name in names}
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _batch_inputs(
+    dense: BlockWeights, hidden: Array, config: LlamaConfig, fields: tuple[str, ...]
+) -> dict[str, Array]:
+    inputs = block(dense, hidden, config)[1]
+    return {field: getattr(inputs, field) for field in fields}

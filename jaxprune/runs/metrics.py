@@ -1,0 +1,91 @@
+"""The metrics of a run as a table: written once, checked before anything is drawn from them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from jaxprune.errors import InputError
+
+
+class Columns(NamedTuple):
+    """What the metrics of a script must have to be drawn.
+
+    Attributes:
+      numbers: columns of finite numbers.
+      texts: columns of words.
+      known: words that a column may have.
+      sparse: columns of numbers that rows may lack.
+    """
+
+    numbers: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+    known: Mapping[str, Iterable[str]] = {}
+    sparse: tuple[str, ...] = ()
+
+    def check(self, metrics: pd.DataFrame, where: str) -> None:
+        """Raise ``InputError`` naming the first column that is not so, and ``where``."""
+        asked = (*self.texts, *self.numbers, *self.sparse)
+        _check_present(metrics, asked, where)
+        for name in asked:
+            column = metrics[name]
+            if name in self.texts:
+                good = column.isin(list(self.known[name])) if name in self.known else column.notna()
+            else:
+                good = np.isfinite(pd.to_numeric(column, errors="coerce").astype(float))
+                good |= column.isna() & (name in self.sparse)
+            if not good.all():
+                raise InputError(
+                    f"{where}: {name} {column[~good].iloc[0]}, not a "
+                    f"{'word of this script' if name in self.texts else 'finite number'}; damaged, "
+                    "or another script's"
+                )
+
+
+def _check_present(metrics: pd.DataFrame, names: Iterable[str], where: str) -> None:
+    missing = [name for name in names if name not in metrics]
+    if missing or metrics.empty:
+        what = f"no column {missing[0]}" if missing else "no rows"
+        raise InputError(f"{where}: {what}; not the metrics of this script, or damaged")
+
+
+def read_metrics(folder: Path, columns: Columns | Sequence[str] = ()) -> pd.DataFrame:
+    """The metrics of a run folder.
+
+    Args:
+      folder: of the run.
+      columns: that must be there, by name or with what they must hold.
+
+    Raises:
+      InputError: there are none, or the file is damaged or another script's.
+    """
+    file = Path(folder) / "metrics.csv"
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; run the experiment first")
+    try:
+        metrics = pd.read_csv(file)
+    except ValueError as error:  # what pandas raises for no table, and for no text
+        raise InputError(f"{file}: not a table ({error})") from None
+    if isinstance(columns, Columns):
+        columns.check(metrics, f"{file}")
+    else:
+        _check_present(metrics, columns, f"{file}")
+    return metrics
+
+
+@contextlib.contextmanager
+def drawing_again(folder: Path) -> Iterator[None]:
+    """What a damaged ``metrics.csv`` of a folder leads to, beyond ``Columns``, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{folder / 'metrics.csv'}: cannot be drawn ({error}); damaged, or of another version"
+        ) from error
