@@ -167,6 +167,7 @@ def rotary_embedding(
     x: Float[Array, "*h n k"],
     inverse_frequencies: Float[Array, " k/2"],
     positions: Int[Array, " n"] | None = None,
+    factor: ArrayLike | None = None,
 ) -> Float[Array, "*h n k"]:
     """Rotary position embedding in the rotate-half layout of Llama.
 
@@ -177,6 +178,7 @@ def rotary_embedding(
       x: queries or keys, tokens on the last axis but one.
       inverse_frequencies: ``θ_f``, radians per position, any rope scaling applied.
       positions: of the tokens; ``0 … n−1`` by default.
+      factor: cosines and sines are multiplied by it.
 
     Returns:
       Rotated ``x`` in its own type; angles and products are float32 or wider.
@@ -188,6 +190,8 @@ def rotary_embedding(
     wide = accumulation_dtype(x)
     angles = positions[:, None].astype(wide) * inverse_frequencies.astype(wide)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if factor is not None:
+        cos, sin = (turn * jnp.asarray(factor, wide) for turn in (cos, sin))
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -216,6 +220,7 @@ class AttentionForm(NamedTuple):
       query_norm: scale of the RMS norm over the features of a query head.
       key_norm: scale of that of a key head.
       norm_eps: added to the mean square in these norms.
+      rope_factor: queries and keys are multiplied by it as they are turned.
     """
 
     rope: Float[Array, " f"] | None = None
@@ -224,6 +229,7 @@ class AttentionForm(NamedTuple):
     query_norm: Float[Array, " k"] | None = None
     key_norm: Float[Array, " k"] | None = None
     norm_eps: ArrayLike = 1e-6
+    rope_factor: ArrayLike | None = None
 
     def queries(self, y: Float[Array, "*b n e"], heads: int) -> Float[Array, "*b h n k"]:
         """Query heads from the output ``y`` of ``W_Q``, without the scale of the logits."""
@@ -240,7 +246,9 @@ class AttentionForm(NamedTuple):
         if norm is not None:
             y = rms_norm(y, norm.astype(y.dtype), self.norm_eps)
         y = jnp.moveaxis(y, -2, -3)
-        return y if self.rope is None else rotary_embedding(y, self.rope)
+        if self.rope is None:
+            return y
+        return rotary_embedding(y, self.rope, factor=self.rope_factor)
 
 
 def check_fused(x: Array, w: Array, name: str = "w") -> None:

@@ -97,7 +97,7 @@ def test_make_has_every_target_named():
     assert {"sweep", "test"} <= named <= set(targets)
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/paper.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/paper.md", "docs/models.md", "CHANGELOG.md"])
 def test_links_lead_to_files(page):
     text = (REPOSITORY / page).read_text()
     for link in re.findall(r"\]\(([^)#]+)", text):

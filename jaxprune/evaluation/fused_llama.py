@@ -2,6 +2,9 @@
 
 Every head has factors ``M`` on the entries of its fused weight, the same at every distance of
 query and key; see ``jaxprune.methods.rotary``. Values, outputs and MLPs are the model's own.
+
+Logits are ``x_i W x_jᵀ`` only where queries and keys are linear in ``x``: models that add biases to
+them or normalise them are refused.
 """
 
 from __future__ import annotations
@@ -14,30 +17,53 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxprune.attention import attention_rows, causal_bias, contract, rms_norm
+from jaxprune.errors import InputError
 from jaxprune.methods.rotary import RotaryHead, expanded_keys, expanded_queries
-from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
+from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.losses import head_losses
 from jaxprune.models.llama.modeling import (
     BlockWeights,
     Llama,
     Tokens,
     after_attention,
+    attention_form,
     linear,
     split_heads,
 )
 
 
+def check_fusable(config: LlamaConfig) -> None:
+    """Raise ``InputError`` where logits are no bilinear form of the block's input.
+
+    With a bias, ``(x_i W_Q + b_Q)(x_j W_K + b_K)ᵀ`` has terms in ``x_i`` and in ``x_j`` alone; with
+    a norm a head's query is divided by its own length. No matrix ``W_Q W_Kᵀ`` says that.
+    """
+    for field in ("attention_bias", "query_key_norm"):
+        if getattr(config, field):
+            raise InputError(
+                f"{field}: attention of this model is not that of a fused weight W_Q W_Kᵀ, so "
+                "fused weights are not compared; prune W_Q and W_K themselves with jaxprune prune"
+            )
+
+
 def rotary_heads(weights: BlockWeights, config: LlamaConfig) -> RotaryHead:
-    """All query heads of a block, each with the key head it shares, on a leading axis."""
+    """All query heads of a block, each with the key head it shares, on a leading axis.
+
+    Raises:
+      InputError: the model has no fused weights, see ``check_fusable``.
+    """
+    check_fusable(config)
     groups = config.num_attention_heads // config.num_key_value_heads
+    form = attention_form(weights, config)
+    scale = config.head_dim**-0.5 * (1 if form.rope_factor is None else form.rope_factor**2)
 
     def heads(w: Array) -> Array:
         return jnp.moveaxis(w.reshape(w.shape[0], -1, config.head_dim), 1, 0)
 
     return RotaryHead(
-        wq=heads(weights.wq) * config.head_dim**-0.5,
+        wq=heads(weights.wq) * scale,
         wk=jnp.repeat(heads(weights.wk), groups, axis=0),
-        rope=jnp.asarray(inverse_frequencies(config)),
+        rope=form.rope,
     )
 
 
@@ -58,7 +84,7 @@ def fused_block(
     n = hidden.shape[1]
     x = rms_norm(hidden, weights.attention_norm, config.rms_norm_eps)
     groups = config.num_attention_heads // config.num_key_value_heads
-    v = jnp.repeat(split_heads(linear(x, weights.wv), config.head_dim), groups, axis=1)
+    v = jnp.repeat(split_heads(linear(x, weights.wv, weights.bv), config.head_dim), groups, axis=1)
     heads = rotary_heads(weights, config)
     bias = causal_bias(jnp.arange(n), n)
 

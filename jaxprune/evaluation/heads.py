@@ -22,10 +22,11 @@ from jaxtyping import Array, Float
 from jaxprune.attention import check_finite, contract
 from jaxprune.errors import InputError
 from jaxprune.evaluation.comparison import FusedProblem
+from jaxprune.evaluation.fused_llama import check_fusable
 from jaxprune.models import llama
 from jaxprune.models.llama.activations import attention_inputs
 from jaxprune.models.llama.files import checkpoint_hashes
-from jaxprune.models.llama.modeling import BlockWeights
+from jaxprune.models.llama.modeling import BlockWeights, attention_form
 from jaxprune.storage import hashes, read_arrays
 from jaxprune.text.tokenizer import Tokenizer
 from jaxprune.text.windows import calibration_windows, check_sizes
@@ -84,7 +85,7 @@ def from_model(
     seed: int = 0,
     dtype: str = "float32",
 ) -> Layers:
-    """Layers of a Llama with its activations on calibration and held-out windows.
+    """Layers of a model with its activations on calibration and held-out windows.
 
     Hidden states of both sets of windows go from block to block; those of one layer are held.
 
@@ -99,19 +100,22 @@ def from_model(
       dtype: of the model's weights and activations; problems are float32.
 
     Raises:
-      InputError: the model or text cannot be read, there is no such layer, or nothing held out.
+      InputError: the model or text cannot be read, there is no such layer, nothing held out, or
+        attention that fused weights do not describe.
     """
     check_sizes(windows, seqlen)
     if heldout is not None and heldout < 1:
         raise InputError(f"heldout {heldout}: expected 1 or more")
     folder = llama.locate(model)
     config = llama.load_config(folder)
+    check_fusable(config)
     blocks = config.num_hidden_layers
     _check_layers(layers, config)
     tokenizer = Tokenizer(folder, config.vocab_size)
     fit, fresh = calibration_windows(
         calibration, tokenizer, windows=windows, seqlen=seqlen, heldout=heldout, seed=seed
     )
+    llama.check_length(config, fit.tokens.shape[1])
     indices = tuple(sorted(set(layers))) or tuple(range(blocks))
 
     def read() -> Iterator[tuple[int, FusedProblem]]:
@@ -192,15 +196,17 @@ def _check_layers(layers: Sequence[int], config: llama.LlamaConfig) -> None:
 def of_block(
     weights: BlockWeights, config: llama.LlamaConfig, x: jax.Array, x_heldout: jax.Array
 ) -> FusedProblem:
-    """The heads of a block as problems, in float32."""
+    """The heads of a block as problems, in float32.
+
+    They are those of tokens at one position: no rotation, but the factor of yarn's scaling.
+    """
     upcast = partial(jnp.asarray, dtype=jnp.float32)
-    shape = (config.hidden_size, -1, config.head_dim)
-    return FusedProblem.of_layer(
-        upcast(x),
-        upcast(x_heldout),
-        upcast(weights.wq).reshape(shape),
-        upcast(weights.wk).reshape(shape),
+    wq, wk = (
+        upcast(w).reshape(config.hidden_size, -1, config.head_dim) for w in (weights.wq, weights.wk)
     )
+    factor = attention_form(weights, config).rope_factor
+    wq = wq if factor is None else wq * factor**2
+    return FusedProblem.of_layer(upcast(x), upcast(x_heldout), wq, wk)
 
 
 def read_layer(path: Path) -> FusedProblem:

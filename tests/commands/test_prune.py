@@ -1,5 +1,6 @@
 """experiments/prune.py: every method to a checkpoint, resume, what it refuses."""
 
+import itertools
 import json
 import os
 import signal
@@ -49,13 +50,45 @@ def flags(model, text, out, *more, distill=0):
 def test_zeros_are_exact_and_everything_else_is_untouched(
     prune, checkpoint, text, tmp_path, method, sparsity, targets
 ):
-    model, out = checkpoint(MODEL), tmp_path / "out"
+    check_pruned(prune, checkpoint(MODEL), text, tmp_path, method, sparsity, targets)
+
+
+# Interpolated positions; biases; norms of heads; a layer without positions. All but the first have
+# yarn's factor.
+FAMILIES = ("mistral_linear", "qwen2_yarn", "qwen3_biases", "smollm3_yarn")
+QUICK = {("qwen3_biases", "wanda", "qk"), ("smollm3_yarn", "sparsegpt", "all")}
+ROUND_TRIPS = [
+    pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow)
+    for each in itertools.product(FAMILIES, METHODS, TARGETS)
+]
+
+
+@pytest.mark.parametrize(("model", "method", "targets"), ROUND_TRIPS)
+def test_every_family_is_pruned_and_written_back(
+    prune, checkpoint, text, tmp_path, model, method, targets
+):
+    """Biases and norms are among what is untouched to the bit."""
+    check_pruned(prune, checkpoint(model), text, tmp_path, method, "2:4", targets)
+
+
+def test_windows_that_a_sliding_window_would_cut_are_refused(
+    prune, checkpoint, text, tmp_path, capsys
+):
+    assert prune(flags(checkpoint("mistral"), text, tmp_path / "out")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "sliding_window 16 would hide tokens in windows of 32" in error
+    assert not (tmp_path / "out").exists()
+
+
+def check_pruned(prune, model, text, tmp_path, method, sparsity, targets):
+    """The new checkpoint has the zeros that were asked for, and else is that of ``model``."""
+    out = tmp_path / "out"
     more = ("--method", method, "--sparsity", sparsity, "--targets", targets)
     assert prune(flags(model, text, out, *more, distill=10 * (method == "descent"))) == 0
     before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     for name, dense in before.items():
-        if not any(target in name for target in TARGETS[targets]):
+        if not any(f"{target}.weight" in name for target in TARGETS[targets]):
             assert dense.tobytes() == after[name].tobytes(), name
             continue
         zero = after[name] == 0

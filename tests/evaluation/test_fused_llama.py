@@ -1,5 +1,6 @@
 """A model whose logits come from masked fused weights: ones are dense; without RoPE it is plain."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 
 from jaxprune import attention_matrix
-from jaxprune.evaluation import fused_llama as fused
+from jaxprune.errors import InputError
 from jaxprune.evaluation import perplexity
 from jaxprune.evaluation.fused_llama import expansion_cost, fused_block, fused_losses, rotary_heads
-from jaxprune.models.llama import Llama, Llama3Scaling, LlamaConfig, modeling
+from jaxprune.evaluation.heads import from_model, of_block
+from jaxprune.models.llama import Llama, Llama3Scaling, LlamaConfig, YarnScaling, modeling
+from jaxprune.models.llama.losses import window_losses
 from jaxprune.text.windows import Windows
 
 CONFIG = LlamaConfig(
@@ -63,6 +66,45 @@ def test_a_mask_of_ones_is_the_dense_model(key, windows):
     )
 
 
+def test_a_mask_of_ones_is_the_dense_model_of_every_family_without_biases_before_the_softmax(key):
+    """Layers without positions, yarn's factor, biases that are not in the logits."""
+    config = dataclasses.replace(
+        CONFIG,
+        rope_scaling=YarnScaling(4.0, 8, 1.4, 2.0, 0.1),
+        layers_without_rope=(1,),
+        output_bias=True,
+        mlp_bias=True,
+    )
+    model = make(config, key)
+    blocks = model.blocks.get_value()
+    model.blocks.set_value(blocks._replace(bo=blocks.bo + 0.3, b_up=blocks.b_up - 0.2))
+    tokens = np.asarray(jax.random.randint(key, (2, 17), 0, 40), np.int32)
+    found = fused_losses(model, ones(config), tokens)
+    np.testing.assert_allclose(found, window_losses(model, tokens), rtol=1e-5)
+
+    # Where nothing turns, or at one position, logits are those of the fused problem.
+    x = jax.random.normal(key, (1, 5, 12))
+    for layer, factor in ((0, 1.4**2), (1, 1)):
+        weights = model.block_weights(layer)
+        w = of_block(weights, config, x, x).w[0]
+        plain = weights.wq[:, :6] @ weights.wk[:, :6].T / np.sqrt(6)
+        np.testing.assert_allclose(w, factor * plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["attention_bias", "query_key_norm"])
+def test_biases_and_norms_before_the_softmax_are_refused_by_name(key, field):
+    config = dataclasses.replace(CONFIG, **{field: True})
+    weights = Llama(config, key=key).block_weights(0)
+    with pytest.raises(InputError, match=f"{field}: .* fused weights are not compared"):
+        rotary_heads(weights, config)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3"])
+def test_the_comparison_of_heads_refuses_them_before_any_work(checkpoint, case):
+    with pytest.raises(InputError, match="prune W_Q and W_K themselves"):
+        from_model(str(checkpoint(case)), "zoo")
+
+
 def test_heads_are_paired_and_scaled_as_in_the_model(key):
     weights = make(CONFIG, key).block_weights(0)
     heads = rotary_heads(weights, CONFIG)
@@ -71,7 +113,7 @@ def test_heads_are_paired_and_scaled_as_in_the_model(key):
     np.testing.assert_allclose(heads.wq[1], weights.wq[:, 6:12] / np.sqrt(6), rtol=1e-6)
 
 
-def test_without_rope_and_with_full_rank_it_is_the_plain_fused_model(key, monkeypatch):
+def test_without_rope_and_with_full_rank_it_is_the_plain_fused_model(key):
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=12,
@@ -80,8 +122,8 @@ def test_without_rope_and_with_full_rank_it_is_the_plain_fused_model(key, monkey
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=12,
+        layers_without_rope=(0,),
     )
-    monkeypatch.setattr(fused, "inverse_frequencies", lambda config: np.zeros(6, np.float32))
     weights = make(config, key).block_weights(0)
     hidden = jax.random.normal(key, (2, 9, 12))
     masks = 1.0 * jax.random.bernoulli(key, 0.5, (2, 12, 12))

@@ -23,6 +23,7 @@ from jaxprune.models.llama.files import TensorFiles, check_outside
 from jaxprune.storage import check_new_folder
 
 CASES = ["tied_mha", "untied_gqa", "rope_parameters", "sharded", "bfloat16", "float16"]
+FAMILIES = ["llama_biases", "mistral", "qwen2", "qwen3_biases", "smollm3_yarn"]
 
 
 def contents(folder):
@@ -35,7 +36,7 @@ def tensors(folder):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + FAMILIES)
 def test_what_is_not_changed_is_written_back_bit_for_bit(checkpoint, tmp_path, case, dtype):
     source = checkpoint(case)
     model = llama.load(source, dtype)
@@ -61,8 +62,9 @@ def test_a_changed_weight_changes_its_own_entries_alone(checkpoint, tmp_path, ca
         assert value.tobytes() == after[name].tobytes(), name
 
 
-def test_every_tensor_is_written_where_it_was_read_from(checkpoint, tmp_path):
-    source = checkpoint("untied_gqa")
+@pytest.mark.parametrize("case", ["untied_gqa", "qwen3_biases", "smollm3_yarn"])
+def test_every_tensor_is_written_where_it_was_read_from(checkpoint, tmp_path, case):
+    source = checkpoint(case)
     model = llama.load(source)
     doubled = jax.tree.map(lambda a: 2 * a, model)
     llama.save(doubled, source, tmp_path / "out")
@@ -71,8 +73,11 @@ def test_every_tensor_is_written_where_it_was_read_from(checkpoint, tmp_path):
         np.testing.assert_array_equal(after[name], 2 * value)
 
 
-def test_a_new_checkpoint_is_read_back(tmp_path):
-    config = llama.LlamaConfig(30, 8, 12, 2, 2, 1, 4, tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    "changes", [{}, {"query_key_norm": True, "attention_bias": True, "output_bias": True}]
+)
+def test_a_new_checkpoint_is_read_back(tmp_path, changes):
+    config = llama.LlamaConfig(30, 8, 12, 2, 2, 1, 4, tie_word_embeddings=True, **changes)
     model = llama.Llama(config, key=jax.random.key(0))
     write_new(model, tmp_path, jnp.float32, bos_token_id=7)
     again = llama.load(tmp_path)
@@ -297,7 +302,21 @@ BROKEN = {
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
         "begins with a byte-order mark",
     ),
-    "bias": ("untied_gqa", lambda f: edit(f / "config.json", mlp_bias=True), "mlp_bias"),
+    "bias": (
+        "untied_gqa",
+        lambda f: edit(f / "config.json", mlp_bias=True),
+        "missing: model.layers.0.mlp.gate_proj.bias",
+    ),
+    "no bias": (
+        "llama_biases",
+        lambda f: edit(f / "config.json", attention_bias=False),
+        "unexpected: .*model.layers.0.self_attn.k_proj.bias",
+    ),
+    "another family": (
+        "qwen3",
+        lambda f: edit(f / "config.json", model_type="qwen2", architectures=None),
+        "missing: .*q_proj.bias.*unexpected: .*q_norm.weight",
+    ),
     "wrong shape": ("untied_gqa", lambda f: edit(f / "config.json", hidden_size=24), "misshapen"),
     "more layers": (
         "untied_gqa",

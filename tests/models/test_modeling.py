@@ -1,6 +1,7 @@
 """The Llama against ``transformers``, through golden files, and against itself."""
 
 import dataclasses
+import zlib
 from pathlib import Path
 
 import jax
@@ -10,8 +11,9 @@ import pytest
 
 from jaxprune.errors import InputError
 from jaxprune.models import llama
+from jaxprune.models.llama.activations import attention_inputs
 from jaxprune.models.llama.checkpoint import abstract_model
-from jaxprune.models.llama.modeling import INPUT_OF, block_shapes, run_blocks
+from jaxprune.models.llama.modeling import INPUT_OF, block_shapes, rotary_layers, run_blocks
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(folder.parent.name for folder in GOLDEN.glob("*/config.json"))
@@ -34,17 +36,20 @@ logits_of = jax.jit(lambda model, tokens: model(tokens))
 
 
 def random_llama(config, dtype=jnp.float32):
-    """Weights large enough for attention to be far from uniform."""
-    draw = np.random.default_rng(0)
+    """Weights large enough for attention to be far from uniform, each drawn by its own name."""
 
-    def weight(leaf):
+    def weight(path, leaf):
+        draw = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
         return jnp.asarray(draw.normal(0.3, 0.3, leaf.shape), dtype)
 
-    return jax.tree.map(weight, abstract_model(config, dtype))
+    model = jax.tree_util.tree_map_with_path(weight, abstract_model(config, dtype))
+    blocks = model.blocks.get_value()
+    model.blocks.set_value(blocks._replace(rotary=rotary_layers(config, dtype)))
+    return model
 
 
 def test_there_are_golden_cases():
-    assert len(CASES) >= 8
+    assert len(CASES) >= 17
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,6 +66,18 @@ def test_logits_and_every_block_equal_those_of_transformers(case):
             np.testing.assert_allclose(value, expected[f"{name}_{layer}"], rtol=0, atol=1e-4)
     last = expected[f"hidden_{model.config.num_hidden_layers}"]
     np.testing.assert_allclose(hidden, last, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2_yarn", "qwen3_biases", "smollm3_yarn"])
+def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(case):
+    """Both round after every map, in different orders."""
+    expected = np.load(GOLDEN / case / "expected.npz")
+    logits = logits_of(llama.load(GOLDEN / case, jnp.bfloat16), expected["tokens"])
+
+    def distance(found):
+        return np.sqrt(np.mean((found - expected["logits"]) ** 2))
+
+    assert 0 < distance(logits) < 1.5 * distance(expected["logits_bfloat16"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -198,13 +215,29 @@ CHANGES = {
     "rope_scaling.low_freq_factor": 2.0,
     "rope_scaling.high_freq_factor": 8.0,
     "rope_scaling.original_max_position_embeddings": 64,
+    "attention_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "query_key_norm": True,
+    "layers_without_rope": (1,),
+}
+YARN = llama.YarnScaling(8.0, 64, 1.2, 4.0, 0.25, truncate=False)
+YARN_CHANGES = {
+    "factor": 2.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+    "truncate": True,
 }
 
 
 def test_every_setting_is_varied():
-    fields = [field.name for field in dataclasses.fields(llama.LlamaConfig)]
-    scaling = [f"rope_scaling.{f.name}" for f in dataclasses.fields(llama.Llama3Scaling)]
-    assert sorted(CHANGES) == sorted(fields + scaling)
+    fields = {field.name for field in dataclasses.fields(llama.LlamaConfig)}
+    scaling = {f"rope_scaling.{f.name}" for f in dataclasses.fields(llama.Llama3Scaling)}
+    # What a window does, and yarn's factor of the attention, have tests of their own.
+    assert set(CHANGES) | {"sliding_window"} == fields | scaling
+    yarn = {field.name for field in dataclasses.fields(llama.YarnScaling)}
+    assert set(YARN_CHANGES) | {"attention_factor"} == yarn
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -216,6 +249,89 @@ def test_every_setting_changes_the_output(field):
     changed = logits_of(random_llama(dataclasses.replace(SMALL, **{name: value})), TOKENS)
     logits = logits_of(random_llama(SMALL), TOKENS)
     assert changed.shape != logits.shape or not np.allclose(changed, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("field", YARN_CHANGES)
+def test_every_setting_of_yarn_changes_the_frequencies(field):
+    changed = dataclasses.replace(YARN, **{field: YARN_CHANGES[field]})
+    base, other = (
+        llama.inverse_frequencies(dataclasses.replace(SMALL, head_dim=16, rope_scaling=scaling))
+        for scaling in (YARN, changed)
+    )
+    assert not np.allclose(base, other, rtol=1e-3)
+
+
+def test_linear_scaling_divides_positions():
+    plain, scaled = (
+        llama.inverse_frequencies(dataclasses.replace(SMALL, rope_scaling=scaling))
+        for scaling in (None, llama.LinearScaling(4.0))
+    )
+    np.testing.assert_allclose(scaled, plain / 4)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_yarns_factor_lengthens_queries_and_keys_where_they_are_turned(norm):
+    """Its square is a factor of the logits of a layer with positions, and of no other."""
+    scaling = dataclasses.replace(YARN, attention_factor=1.5)
+    config = dataclasses.replace(
+        SMALL, rope_scaling=scaling, layers_without_rope=(1,), query_key_norm=norm
+    )
+    plain = dataclasses.replace(
+        config, rope_scaling=dataclasses.replace(scaling, attention_factor=1.0)
+    )
+    model = random_llama(config)
+    hidden = model.embed(TOKENS)
+    for layer, factor in ((0, 1.5**2), (1, 1.0)):
+        weights = model.block_weights(layer)
+        found = llama.block(weights, hidden, config)[0]
+        queries = "query_norm" if norm else "wq"
+        longer = weights._replace(**{queries: factor * getattr(weights, queries)})
+        np.testing.assert_allclose(found, llama.block(longer, hidden, plain)[0], atol=1e-5)
+        if layer == 0:
+            assert not np.allclose(found, llama.block(weights, hidden, plain)[0], atol=1e-3)
+
+
+def test_a_layer_without_positions_does_not_see_the_order_of_earlier_tokens():
+    config = dataclasses.replace(SMALL, layers_without_rope=(1,))
+    model = random_llama(config)
+    hidden = model.embed(TOKENS)
+    mixed = jnp.concatenate([hidden[:, 22::-1], hidden[:, 23:]], axis=1)
+    for layer, same in ((0, False), (1, True)):
+        last, other = (
+            llama.block(model.block_weights(layer), h, config)[0][:, -1] for h in (hidden, mixed)
+        )
+        assert np.allclose(last, other, rtol=0, atol=1e-5) == same
+
+
+def test_a_window_that_hides_nothing_changes_nothing_and_one_that_would_is_refused():
+    wide, narrow = (dataclasses.replace(SMALL, sliding_window=window) for window in (24, 23))
+    model = random_llama(SMALL)
+    found, expected = logits_of(random_llama(wide), TOKENS), logits_of(model, TOKENS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    refused, line = random_llama(narrow), "sliding_window 23 would hide tokens in windows of 24"
+    for run in (
+        lambda: refused(TOKENS),
+        lambda: refused.activations(TOKENS),
+        lambda: list(attention_inputs(refused, TOKENS)),
+        lambda: llama.block(model.block_weights(0), model.embed(TOKENS), narrow),
+    ):
+        with pytest.raises(InputError, match=line):
+            run()
+    refused(TOKENS[:, :23])
+
+
+def test_parameters_of_every_kind_are_counted():
+    config = dataclasses.replace(
+        SMALL,
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        query_key_norm=True,
+        layers_without_rope=(0,),
+    )
+    model = random_llama(config)
+    held = sum(leaf.size for leaf in jax.tree.leaves(model)) - config.num_hidden_layers
+    assert llama.parameter_count(config) == held
 
 
 def test_stories_continues_as_its_card_says(shared):

@@ -1,17 +1,27 @@
-"""Llama: settings, model, checkpoints."""
+"""Llama and related families: settings, model, checkpoints."""
 
 from jaxprune.models.llama.checkpoint import load, load_config, save
-from jaxprune.models.llama.config import Llama3Scaling, LlamaConfig, inverse_frequencies
+from jaxprune.models.llama.config import (
+    LinearScaling,
+    Llama3Scaling,
+    LlamaConfig,
+    YarnScaling,
+    check_length,
+    inverse_frequencies,
+)
 from jaxprune.models.llama.files import locate
 from jaxprune.models.llama.modeling import BlockWeights, LinearInputs, Llama, block, parameter_count
 
 __all__ = [
     "BlockWeights",
     "LinearInputs",
+    "LinearScaling",
     "Llama",
     "Llama3Scaling",
     "LlamaConfig",
+    "YarnScaling",
     "block",
+    "check_length",
     "inverse_frequencies",
     "load",
     "load_config",

@@ -1,8 +1,8 @@
-"""Llama weights in and out of Hugging Face checkpoints.
+"""Weights of Llamas and related models in and out of Hugging Face checkpoints.
 
-The names in the files map to the model by one table; weights are ``[out, in]`` in the file and
-``[in, out]`` in the model. ``load`` fills preallocated stacks one tensor at a time, so it never
-holds the weights twice; ``save`` rewrites a copy of the source's files tensor by tensor.
+The names in the files map to the model by one table for all families; weights are ``[out, in]`` in
+the file and ``[in, out]`` in the model. ``load`` fills preallocated stacks one tensor at a time, so
+it never holds the weights twice; ``save`` rewrites a copy of the source's files tensor by tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safetensors.numpy import save as save_tensors
 from jaxprune.errors import InputError
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.files import SINGLE_FILE, TensorFiles, copy_carried, patch_tensors
-from jaxprune.models.llama.modeling import BlockWeights, Llama
+from jaxprune.models.llama.modeling import BlockWeights, Llama, block_shapes, rotary_layers
 from jaxprune.storage import new_folder, read_json, write_json
 
 _DTYPES = ("F32", "F16", "BF16")
@@ -61,6 +61,15 @@ TABLE = (
     Entry("model.layers.{}.mlp.gate_proj.weight", "w_gate", True),
     Entry("model.layers.{}.mlp.up_proj.weight", "w_up", True),
     Entry("model.layers.{}.mlp.down_proj.weight", "w_down", True),
+    Entry("model.layers.{}.self_attn.q_proj.bias", "bq", False),
+    Entry("model.layers.{}.self_attn.k_proj.bias", "bk", False),
+    Entry("model.layers.{}.self_attn.v_proj.bias", "bv", False),
+    Entry("model.layers.{}.self_attn.o_proj.bias", "bo", False),
+    Entry("model.layers.{}.mlp.gate_proj.bias", "b_gate", False),
+    Entry("model.layers.{}.mlp.up_proj.bias", "b_up", False),
+    Entry("model.layers.{}.mlp.down_proj.bias", "b_down", False),
+    Entry("model.layers.{}.self_attn.q_norm.weight", "query_norm", False),
+    Entry("model.layers.{}.self_attn.k_norm.weight", "key_norm", False),
     Entry("model.norm.weight", "final_norm", False),
     Entry("lm_head.weight", "lm_head", True),
 )
@@ -202,7 +211,8 @@ def _arrays(model: Llama) -> dict[str, Any]:
     arrays = {"embedding": model.embedding.get_value(), "final_norm": model.final_norm.get_value()}
     if model.lm_head is not None:
         arrays["lm_head"] = model.lm_head.get_value()
-    return arrays | model.blocks.get_value()._asdict()
+    blocks = model.blocks.get_value()._replace(rotary=None)._asdict()
+    return arrays | {path: array for path, array in blocks.items() if array is not None}
 
 
 def _set_arrays(model: Llama, arrays: dict[str, Array]) -> None:
@@ -210,7 +220,10 @@ def _set_arrays(model: Llama, arrays: dict[str, Array]) -> None:
     model.final_norm.set_value(arrays["final_norm"])
     if model.lm_head is not None:
         model.lm_head.set_value(arrays["lm_head"])
-    model.blocks.set_value(BlockWeights(**{f: arrays[f] for f in BlockWeights._fields}))
+    blocks = {field: arrays[field] for field in BlockWeights._fields if field in arrays}
+    model.blocks.set_value(
+        BlockWeights(**blocks)._replace(rotary=rotary_layers(model.config, blocks["wq"].dtype))
+    )
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -244,11 +257,13 @@ def _merged(stored: np.ndarray, tensor: np.ndarray) -> np.ndarray:
 
 def places_of(config: LlamaConfig) -> dict[str, Place]:
     """Names of all tensors that a checkpoint with these settings holds, and where they go."""
-    places = {}
+    places, shapes = {}, block_shapes(config)._asdict()
     for name, path, transposed in TABLE:
         if path == "lm_head" and config.tie_word_embeddings:
             continue
-        if path in BlockWeights._fields:
+        if path in shapes:
+            if shapes[path] is None:
+                continue
             for layer in range(config.num_hidden_layers):
                 places[name.format(layer)] = Place(path, layer, transposed)
         else:

@@ -1,5 +1,8 @@
 """A Llama in Flax NNX whose blocks are one compiled program, usable whole or block by block.
 
+Related families differ by biases, by norms of queries and keys, by layers without positions: these
+are optional weights of a block.
+
 Axis names: ``b`` sequences, ``n`` tokens (queries), ``m`` tokens (keys), ``d`` width of the model,
 ``h`` query heads, ``g`` key-value heads, ``r = h/g`` query heads that share one, ``k`` width of a
 head, ``f`` width of the MLP, ``v`` vocabulary, ``l`` blocks.
@@ -34,7 +37,12 @@ from jaxprune.attention import (
     rms_norm,
 )
 from jaxprune.errors import InputError
-from jaxprune.models.llama.config import LlamaConfig, inverse_frequencies
+from jaxprune.models.llama.config import (
+    LlamaConfig,
+    attention_factor,
+    check_length,
+    inverse_frequencies,
+)
 
 Tokens = Int[Array, "b n"] | Int[np.ndarray, "b n"]
 
@@ -43,7 +51,23 @@ class BlockWeights(NamedTuple):
     """Weights of one block, or of ``l`` blocks on a leading axis.
 
     The heads of ``wq``, ``wk``, ``wv`` lie one after the other on the output axis, those of
-    ``wo`` on the input axis.
+    ``wo`` on the input axis. What is ``None`` the architecture does not have.
+
+    Attributes:
+      attention_norm: scale of the norm before attention.
+      wq: query projection.
+      wk: key projection.
+      wv: value projection.
+      wo: output projection.
+      mlp_norm: scale of the norm before the MLP.
+      w_gate: gate of the MLP.
+      w_up: what it gates.
+      w_down: back to the width of the model.
+      bq: bias of ``wq``; likewise ``bk``, ``bv``, ``bo``, ``b_gate``, ``b_up``, ``b_down``.
+      query_norm: scale of the norm of every query head.
+      key_norm: scale of the norm of every key head.
+      rotary: 1 where queries and keys are turned, 0 where not; ``None`` where all blocks turn
+        them. It follows from the settings and is in no file.
     """
 
     attention_norm: Float[Array, "*l d"]
@@ -55,6 +79,16 @@ class BlockWeights(NamedTuple):
     w_gate: Float[Array, "*l d f"]
     w_up: Float[Array, "*l d f"]
     w_down: Float[Array, "*l f d"]
+    bq: Float[Array, "*l h*k"] | None = None
+    bk: Float[Array, "*l g*k"] | None = None
+    bv: Float[Array, "*l g*k"] | None = None
+    bo: Float[Array, "*l d"] | None = None
+    b_gate: Float[Array, "*l f"] | None = None
+    b_up: Float[Array, "*l f"] | None = None
+    b_down: Float[Array, "*l d"] | None = None
+    query_norm: Float[Array, "*l k"] | None = None
+    key_norm: Float[Array, "*l k"] | None = None
+    rotary: Float[Array, "*l"] | None = None
 
 
 class LinearInputs(NamedTuple):
@@ -77,19 +111,49 @@ INPUT_OF = {
     "w_down": "down",
 }
 
+_NORMS = {"attention_norm", "mlp_norm", "query_norm", "key_norm"}
+
 
 def block_shapes(config: LlamaConfig) -> BlockWeights:
-    """Shapes of one block's weights."""
-    d, f = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    shapes = ((d,), (d, queries), (d, keys), (d, keys), (queries, d), (d,), (d, f), (d, f), (f, d))
-    return BlockWeights(*shapes)  # type: ignore[arg-type]
+    """Shapes of one block's weights, ``None`` for those that it does not have."""
+    d, f, k = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * k, config.num_key_value_heads * k
+    shapes: dict[str, tuple[int, ...]] = {
+        "attention_norm": (d,),
+        "wq": (d, queries),
+        "wk": (d, keys),
+        "wv": (d, keys),
+        "wo": (queries, d),
+        "mlp_norm": (d,),
+        "w_gate": (d, f),
+        "w_up": (d, f),
+        "w_down": (f, d),
+    }
+    if config.attention_bias:
+        shapes |= {"bq": (queries,), "bk": (keys,), "bv": (keys,)}
+    if config.output_bias:
+        shapes |= {"bo": (d,)}
+    if config.mlp_bias:
+        shapes |= {"b_gate": (f,), "b_up": (f,), "b_down": (d,)}
+    if config.query_key_norm:
+        shapes |= {"query_norm": (k,), "key_norm": (k,)}
+    if config.layers_without_rope:
+        shapes |= {"rotary": ()}
+    return BlockWeights(**shapes)  # type: ignore[arg-type]
+
+
+def rotary_layers(config: LlamaConfig, dtype: DTypeLike) -> Float[Array, " l"] | None:
+    """``BlockWeights.rotary`` of all blocks."""
+    if not config.layers_without_rope:
+        return None
+    turned = [i not in config.layers_without_rope for i in range(config.num_hidden_layers)]
+    return jnp.array(turned, dtype)
 
 
 def parameter_count(config: LlamaConfig) -> int:
     """Parameters of a model with these settings, a tied embedding counted once."""
-    block = sum(math.prod(shape) for shape in block_shapes(config))
+    shapes = block_shapes(config)._replace(rotary=None)
+    block = sum(math.prod(shape) for shape in shapes if shape is not None)
     embeddings = 1 if config.tie_word_embeddings else 2
     width = config.hidden_size
     return config.num_hidden_layers * block + (embeddings * config.vocab_size + 1) * width
@@ -107,7 +171,7 @@ class Llama(nnx.Module):
 
     Args:
       config: settings.
-      key: for random weights, normal with standard deviation 0.02 (norms are ones).
+      key: for random weights, normal with standard deviation 0.02 (norms are ones, biases zeros).
       dtype: type of weights and activations, float32 or bfloat16.
 
     Source: Touvron et al. 2023; compared with ``transformers.LlamaForCausalLM``.
@@ -121,14 +185,21 @@ class Llama(nnx.Module):
         def normal(name: int, shape: tuple[int, ...]) -> Array:
             return (0.02 * jax.random.normal(jax.random.fold_in(key, name), shape)).astype(dtype)
 
-        d, layers = config.hidden_size, config.num_hidden_layers
-        weights = [
-            jnp.ones((layers, *shape), dtype) if len(shape) == 1 else normal(name, (layers, *shape))
-            for name, shape in enumerate(block_shapes(config))
-        ]
-        names = len(weights)
+        def stack(number: int, name: str, shape: tuple[int, ...]) -> Array:
+            shape = (config.num_hidden_layers, *shape)
+            if name in _NORMS:
+                return jnp.ones(shape, dtype)
+            return jnp.zeros(shape, dtype) if len(shape) == 2 else normal(number, shape)
+
+        d, shapes = config.hidden_size, block_shapes(config)._replace(rotary=None)
+        weights = {
+            name: stack(number, name, shape)
+            for number, (name, shape) in enumerate(shapes._asdict().items())
+            if shape is not None
+        }
+        names = BlockWeights._fields.index("bq")  # what all families have comes before
         self.embedding = nnx.Param(normal(names, (config.vocab_size, d)))
-        self.blocks = nnx.Param(BlockWeights(*weights))
+        self.blocks = nnx.Param(BlockWeights(**weights, rotary=rotary_layers(config, dtype)))
         self.final_norm = nnx.Param(jnp.ones(d, dtype))
         self.lm_head = (
             None
@@ -141,7 +212,12 @@ class Llama(nnx.Module):
         return self.head(self.hidden_states(tokens))
 
     def embed(self, tokens: Tokens) -> Float[Array, "b n d"]:
-        """Hidden states before the first block."""
+        """Hidden states before the first block.
+
+        Raises:
+          InputError: the sequences are too long for the model, see ``config.check_length``.
+        """
+        check_length(self.config, tokens.shape[1])
         return self.embedding.get_value()[tokens]
 
     def hidden_states(self, tokens: Tokens) -> Float[Array, "b n d"]:
@@ -232,18 +308,37 @@ def block(
       Hidden states after the block, and what each linear map was applied to. Inside another
       compiled function those that are dropped are not computed.
     """
+    check_length(config, hidden.shape[1])
     x = rms_norm(hidden, weights.attention_norm, config.rms_norm_eps)
     form = attention_form(weights, config)
     q = form.queries(linear(x, weights.wq), config.num_attention_heads)
     k = form.keys(linear(x, weights.wk), config.num_key_value_heads)
-    v = split_heads(linear(x, weights.wv), config.head_dim)
+    v = split_heads(linear(x, weights.wv, weights.bv), config.head_dim)
     return after_attention(weights, hidden, x, attention_output(q, k, v), config)
 
 
 def attention_form(weights: BlockWeights, config: LlamaConfig) -> AttentionForm:
-    """What a block does to the outputs of its ``W_Q`` and ``W_K`` before the softmax."""
-    del weights
-    return AttentionForm(jnp.asarray(inverse_frequencies(config)))
+    """What a block does to the outputs of its ``W_Q`` and ``W_K`` before the softmax.
+
+    Args:
+      weights: of one block.
+      config: settings.
+    """
+    rope, factor = jnp.asarray(inverse_frequencies(config)), attention_factor(config)
+    scaled: Array | None = None if factor == 1 else jnp.asarray(factor, rope.dtype)
+    if weights.rotary is not None:
+        turned = lax.stop_gradient(weights.rotary).astype(rope.dtype)
+        rope = turned * rope
+        scaled = None if scaled is None else jnp.where(turned > 0, scaled, 1)
+    return AttentionForm(
+        rope=rope,
+        query_bias=weights.bq,
+        key_bias=weights.bk,
+        query_norm=weights.query_norm,
+        key_norm=weights.key_norm,
+        norm_eps=config.rms_norm_eps,
+        rope_factor=scaled,
+    )
 
 
 def after_attention(
@@ -263,10 +358,11 @@ def after_attention(
       config: settings.
     """
     output = attended.swapaxes(1, 2).reshape(*hidden.shape[:2], -1)
-    hidden = hidden + linear(output, weights.wo)
+    hidden = hidden + linear(output, weights.wo, weights.bo)
     y = rms_norm(hidden, weights.mlp_norm, config.rms_norm_eps)
-    down = jax.nn.silu(linear(y, weights.w_gate)) * linear(y, weights.w_up)
-    hidden = hidden + linear(down, weights.w_down)
+    gate = linear(y, weights.w_gate, weights.b_gate)
+    down = jax.nn.silu(gate) * linear(y, weights.w_up, weights.b_up)
+    hidden = hidden + linear(down, weights.w_down, weights.b_down)
     return hidden, LinearInputs(attention=x, output=output, mlp=y, down=down)
 
 
@@ -277,11 +373,16 @@ class Tapped(NamedTuple):
     tap: Float[Array, "*b o"]
 
 
-def linear(x: Float[Array, "*b i"], w: Float[Array, "i o"] | Tapped) -> Float[Array, "*b o"]:
-    """``x @ w`` in the type of ``x``, accumulated in float32."""
+def linear(
+    x: Float[Array, "*b i"],
+    w: Float[Array, "i o"] | Tapped,
+    bias: Float[Array, " o"] | None = None,
+) -> Float[Array, "*b o"]:
+    """``x @ w + bias`` in the type of ``x``, accumulated in float32."""
     if isinstance(w, Tapped):
-        return linear(x, w.weight) + w.tap
-    return contract("...i,io->...o", x, w.astype(x.dtype)).astype(x.dtype)
+        return linear(x, w.weight, bias) + w.tap
+    y = contract("...i,io->...o", x, w.astype(x.dtype))
+    return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
 
 
 def split_heads(x: Float[Array, "b n e"], head_dim: int) -> Float[Array, "b h n k"]:
