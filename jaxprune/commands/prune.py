@@ -111,10 +111,35 @@ class Config:
         refit = record.get("refit")
         return record | {"refit": refit is True, "no_refit": refit is False}
 
+    def check_used(self) -> None:
+        """Raise ``InputError`` for flags without an effect on this method.
+
+        Not for runs that were begun when they were accepted.
+        """
+        if self.run.resume or self.run.repeat is not None:
+            return
+        descends = self.method == "descent" or self.refit
+        used = {
+            "steps": descends or self.steps is None,
+            "no_propagate": self.propagate or (self.targets == "qk" and self.uses_attention),
+            "start": self.method == "descent" or self.start == "gauss-newton",
+        }
+        for name, fine in used.items():
+            if not fine:
+                raise InputError(
+                    f"{flags.flag_of(name)}: has no effect on {self.method}; leave it out"
+                )
+
+    @property
+    def uses_attention(self) -> bool:
+        """Whether the method looks at attention, on the pruned model or on the dense one."""
+        return self.method in ("descent", "gauss-newton") or self.refit
+
     def arguments(self) -> dict[str, Any]:
         """Those of ``prune_checkpoint``."""
         if self.refit and self.no_refit:
             raise InputError("--refit and --no-refit: expected one of them")
+        self.check_used()
         named = flat(self)
         for name in ("coordinator", "coordinator_timeout", "processes", "process", "no_refit"):
             del named[name]
@@ -126,14 +151,19 @@ def body(config: Config) -> None:
     arguments, devices = config.arguments(), config.devices
     connect(devices.coordinator, devices.processes, devices.process, devices.coordinator_timeout)
     check_mesh(devices.mesh)
-    with tqdm(unit="chunk", disable=not is_writer()) as bar:
+    bars: list[tqdm] = []
 
-        def progress(where: Progress) -> None:
-            bar.total = where.total
-            bar.set_postfix_str(where.doing)
-            bar.update(where.done - bar.n)
+    def progress(where: Progress) -> None:
+        if not bars:  # not before all is checked: an error is one line
+            bars.append(tqdm(total=where.total, unit="chunk", disable=not is_writer()))
+        bars[0].set_postfix_str(where.doing)
+        bars[0].update(where.done - bars[0].n)
 
-        report = prune_checkpoint(**arguments, announce=bar.write, warn=notice, progress=progress)
+    try:
+        report = prune_checkpoint(**arguments, announce=print, warn=notice, progress=progress)
+    finally:
+        for bar in bars:
+            bar.close()
     print(f"{report.out}: finished already" if report.seconds is None else report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from jaxprune.pipeline.model import Progress, distillation_steps, prune_model, u
 from jaxprune.pipeline.settings import TARGETS, PruneSettings
 from jaxprune.runs import plotting
 from jaxprune.runs.configuration import configuration, differing
-from jaxprune.runs.folder import RunFolder, environment, recorded_configuration
+from jaxprune.runs.folder import RunFolder, recorded_configuration
 from jaxprune.sharding import on_process_zero, use_mesh
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import (
@@ -246,18 +247,17 @@ def prune_checkpoint(
         warn(note)
     if announce is not None:
         announce(_plan(settings, config, fit, fresh))
-    inputs = {
-        "model": checkpoint_hashes(folder),
-        "calibration": fit.hashes(),
-        "heldout": fresh.hashes(),
-    }
-    with (
-        use_mesh(mesh, config.num_key_value_heads),
-        RunFolder(work, request, resume=resume, inputs=inputs) as run,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_mesh(mesh, config.num_key_value_heads))
+        loaded = llama.load(folder, dtype)  # weights that cannot be used show before hashing
+        inputs = {
+            "model": checkpoint_hashes(folder),
+            "calibration": fit.hashes(),
+            "heldout": fresh.hashes(),
+        }
+        run = stack.enter_context(RunFolder(work, request, resume=resume, inputs=inputs))
         if resume:
             on_process_zero(lambda: remove_partial_folders(out))
-        loaded = llama.load(folder, dtype)
         masks: dict[str, np.ndarray] = {}
         rows: list[dict[str, Any]] = []
         notify = progress or (lambda where: None)
@@ -270,7 +270,7 @@ def prune_checkpoint(
         seconds = time.monotonic() - began
         result = PruneReport(out, _achieved_sparsity(loaded, targets), rows, seconds)
         texts = {"calibration": fit.protocol, "heldout": fresh.protocol}
-        on_process_zero(lambda: _write(request, result, loaded, folder, masks, texts, run.inputs))
+        on_process_zero(lambda: _write(request, result, loaded, folder, masks, texts, run))
     run.remove()
     return result
 
@@ -311,14 +311,14 @@ def _write(
     source: Path,
     masks: dict[str, np.ndarray],
     texts: dict[str, Any],
-    inputs: dict[str, dict[str, str]],
+    run: RunFolder,
 ) -> None:
     """The new checkpoint with its report, masks and figure; it appears whole or not at all."""
     metrics = pd.DataFrame(result.attention_error)
     report = {
         "configuration": configuration(request),
-        "environment": environment(),
-        "inputs": inputs,
+        "environment": run.environment,
+        "inputs": run.inputs,
         **texts,
         "achieved_sparsity": result.achieved_sparsity,
         "attention_error": result.attention_error,

@@ -97,8 +97,6 @@ class PruneSettings:
             raise InputError("refit=False: only with method=descent and targets=qk")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps {self.steps}: expected 1 or more")
-        if self.steps is not None and not (self.refits or self.gradual):
-            raise InputError(f"steps: has no effect on {self.method} without `refit`; leave it out")
         if self.distill is not None and self.distill < 0:
             raise InputError(f"distill {self.distill}: expected 0 or more steps")
         if self.distill and self.refit is False:

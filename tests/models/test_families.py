@@ -12,7 +12,7 @@ from jaxprune.methods.query_key import (
     QueryKeySettings,
     head_errors,
     prune_query_key,
-    query_key_descent,
+    query_key_refit,
 )
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import abstract_model
@@ -80,8 +80,8 @@ def test_the_gradient_is_that_of_attention_as_the_block_computes_it(x64, form):
         return 0.5 * jnp.sum((matrices(wq, wk) - matrices(weights.wq, weights.wk)) ** 2)
 
     dense, data = (weights.wq, weights.wk), {"x": x, "x0": x}
-    context = QueryKeyContext(attention_form(weights, config), None, ())
-    objective = query_key_descent(dense, data, context, settings_of(config)).objective
+    context = QueryKeyContext(attention_form(weights, config), dense, None)
+    objective = query_key_refit(dense, context, settings_of(config)).objective
     draw = np.random.default_rng(2)
     pruned = tuple(w * (draw.uniform(size=w.shape) < 0.5) for w in dense)
     value, gradient = jax.jit(jax.value_and_grad(objective))(pruned, data)
