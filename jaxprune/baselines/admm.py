@@ -19,7 +19,7 @@ def admm(
     *,
     damping: float = 0.01,
     group: Group = "matrix",
-    iterations: int = 60,
+    iterations: int = 40,
     refinements: int = 10,
 ) -> PrunedLinear:
     """Prune ``w`` so that ``x @ w`` is preserved, by ADMM and conjugate gradients.
@@ -69,7 +69,7 @@ def admm_from_hessian(
     *,
     damping: float = 0.01,
     group: Group = "matrix",
-    iterations: int = 60,
+    iterations: int = 40,
     refinements: int = 10,
 ) -> PrunedLinear:
     """``admm`` where ``xᵀx``, at any scale, is known, or what ``factorise`` made of it."""
