@@ -20,7 +20,7 @@ def admm(
     *,
     damping: float = 0.01,
     group: Group = "matrix",
-    iterations: int = 60,
+    iterations: int = 40,
     refinements: int = 10,
 ) -> PrunedLinear:
     """Prune ``w`` so that ``x @ w`` is preserved, by ADMM and conjugate gradients.
@@ -70,7 +70,7 @@ def admm_from_hessian(
     *,
     damping: float = 0.01,
     group: Group = "matrix",
-    iterations: int = 60,
+    iterations: int = 40,
     refinements: int = 10,
 ) -> PrunedLinear:
     """``admm`` where ``xᵀx``, at any scale, is known, or what ``factorise`` made of it."""

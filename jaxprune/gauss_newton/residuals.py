@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, PyTree
 
 from jaxprune.attention import attention_rows, causal_bias, contract
@@ -23,19 +24,23 @@ class AttentionMatrices:
     Called with outputs ``q [n, h·k]`` and ``k [n, g·k]`` of the projections, as they are, and
     shared ``form``, an ``AttentionForm``, and ``outputs [d, h, v]`` or ``None``. With ``outputs``,
     maps from inputs to values, the residual is ``(F, F V)``, ``V = x · outputs`` of the sequence's
-    ``x``: what the matrices do to values counts too, as in ``softmax_error``.
+    ``x``: what the matrices do to values counts too, as in ``softmax_error``. A head's residual is
+    divided by ``‖F_h‖^balance`` of the sequence, a constant.
 
     Attributes:
       heads: query heads.
       kv_heads: key heads; each serves ``heads / kv_heads`` consecutive query heads.
       scale: of the logits.
       causal: row ``i`` sees keys ``j ≤ i`` (Def. 3.1); else all (Def. 1.1).
+      balance: 0 adds up squared errors of heads, 1 relative ones; between, heads of even attention,
+        whose energy is small, are not given up for those of sharp attention.
     """
 
     heads: int
     kv_heads: int
     scale: float
     causal: bool = True
+    balance: float = 0.0
 
     def __call__(self, outputs: dict[str, Array], sequence: PyTree, shared: PyTree) -> PyTree:
         """Groups of rows of all matrices, and their products with values."""
@@ -44,6 +49,10 @@ class AttentionMatrices:
         q = q.reshape(self.kv_heads, self.heads // self.kv_heads, *q.shape[1:])
         k = form.keys(outputs["k"], self.kv_heads)
         matrices = _row_groups(q, k, self.causal)
+        if self.balance:
+            energy = sum(jnp.sum(f**2, axis=(-2, -1), keepdims=True) for f in matrices)
+            weight = lax.stop_gradient(energy) ** (-0.5 * self.balance)
+            matrices = [f * weight for f in matrices]
         if shared["outputs"] is None:
             return matrices
         values = contract("nd,dhv->hnv", sequence["x"], shared["outputs"]).astype(q.dtype)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from jaxprune import Sparsity
 from jaxprune.gauss_newton import QueryKeyMoments, factorise, kronecker_admm, prune_query_key_on
 from jaxprune.gauss_newton import admm as module
-from jaxprune.gauss_newton.moments import Moments
 
 D_IN, BLOCKS, K = 12, 3, 4
 D_OUT = BLOCKS * K
@@ -48,7 +47,7 @@ def jaxed(*arrays):
     return [jnp.asarray(a) for a in arrays]
 
 
-def numpy_twin(w, a, b, drop, iterations=60):
+def numpy_twin(w, a, b, drop, iterations=40):
     """The iteration as written, dense, with linear solves in place of eigenbases."""
     sa, sb = np.sqrt(np.diag(a)), np.sqrt(np.diag(b))
     unit_a, unit_b = damped(a / np.outer(sa, sa)), damped(b / np.outer(sb, sb))
@@ -79,7 +78,7 @@ def optimum_on(kept, w, a, b):
 @pytest.mark.parametrize("seed", range(3))
 def test_masks_are_those_of_the_iteration_and_weights_their_optimum(x64, seed):
     w, a, b = draw(seed)
-    found = kronecker_admm(*jaxed(w, a, b), 0.5, refinements=200)
+    found = kronecker_admm(*jaxed(w, a, b), 0.5, iterations=40, refinements=200)
     kept = numpy_twin(w, a, full(b), w.size // 2)
     assert (found.keep_mask == kept).all()
     expected = optimum_on(kept, w, a, full(b))
@@ -142,7 +141,7 @@ def test_units_of_inputs_and_outputs_do_not_matter(x64):
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    sparsity=st.sampled_from([0.0, 0.01, 0.3, 0.5, 0.77, 0.99, 1.0, "2:4", "1:3", "4:4"]),
+    sparsity=st.sampled_from([0.0, 0.01, 0.3, 0.5, 0.77, 0.99, 1.0, "2:4", "4:4"]),
     rank=st.integers(1, D_IN),
     dead=st.integers(0, D_IN),
     indefinite=st.booleans(),
@@ -248,7 +247,7 @@ def test_vmap_equals_a_loop_and_ratios_share_a_program(compiled):
 
 def test_both_projections_of_a_layer():
     w, a, b = (m.astype(jnp.float32) for m in jaxed(*draw()))
-    moments = QueryKeyMoments(Moments(a, b), Moments(a, b[:1]))
+    moments = QueryKeyMoments(a, b, b[:1])
     wq, wk = w.reshape(D_IN, BLOCKS, K), w[:, :K].reshape(D_IN, 1, K)
     q, k = prune_query_key_on(moments, wq, wk, 0.5)
     assert (q.weight == kronecker_admm(w, a, b, 0.5).weight).all()

@@ -171,6 +171,32 @@ def test_output_blocks_are_gauss_newton_products(attention, layer):
         np.testing.assert_allclose(found[name].outputs, expected, rtol=1e-8, atol=1e-12)
 
 
+def test_balanced_heads_have_relative_residuals(layer):
+    x, wq, wk = layer
+    y = {"q": x[0] @ wq.reshape(D, -1), "k": x[0] @ wk.reshape(D, -1)}
+    shared = {"form": AttentionForm(ROPE), "outputs": None}
+
+    def change(balance):
+        residual = AttentionMatrices(HEADS, GROUPS, 0.5, balance=balance)
+        return jax.jit(lambda y: jax.jvp(lambda y: residual(y, None, shared), (y,), (y,)))(y)
+
+    value, absolute = change(0.0)
+    energy = sum(jnp.sum(f**2, axis=(-2, -1), keepdims=True) for f in value)
+    close(change(0.5)[1], [f * energy**-0.25 for f in absolute])
+
+
+def test_projections_of_a_layer_share_a_pass(layer, attention):
+    """The same cotangents give the same ``B``; the shared ``A`` lies between those of each."""
+    x, wq, wk = layer
+    moments, _, _ = attention
+    each = moments(1)
+    together = query_key_moments(x, wq, wk, form=AttentionForm(ROPE), scale=0.5, balance=0.0)
+    close((together.q, together.k), (each["q"].outputs, each["k"].outputs))
+    parts = [np.einsum("pkk->", each[name].outputs) for name in "qk"]
+    mixed = (parts[0] * each["q"].inputs + parts[1] * each["k"].inputs) / sum(parts)
+    close(together.inputs, mixed)
+
+
 def test_any_residual_is_accepted(key, x64):
     """A bias and a norm of the outputs are part of the function; diagonal and full ``B`` agree."""
     x = jax.random.normal(key, (B, N, D), jnp.float64)
@@ -289,7 +315,8 @@ WRONG = [
     ({"form": AttentionForm(jnp.ones(3))}, r"rope \(3,\)"),
     ({"outputs": jnp.ones((8, 3, 2))}, r"outputs \(8, 3, 2\)"),
     ({"sequences": 0}, "sequences 0"),
-    ({"x": jnp.full((2, 9, 8), jnp.nan)}, r"inputs\['q'\] holds 144 non-finite"),
+    ({"balance": 2.0}, "balance 2"),
+    ({"x": jnp.full((2, 9, 8), jnp.nan)}, "x holds 144 non-finite"),
     ({"row_weights": jnp.ones((2, 8))}, r"row_weights \(2, 8\)"),
 ]
 
