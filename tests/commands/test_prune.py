@@ -37,8 +37,9 @@ def text(tmp_path):
 
 
 def flags(model, text, out, *more, distill=0):
-    fixed = ["--windows", "8", "--seqlen", "32", "--heldout", "2", "--steps", "60"]
-    fixed += ["--distill", distill]
+    fixed = ["--windows", "8", "--seqlen", "32", "--heldout", "2", "--distill", distill]
+    if "--method" not in more or "descent" in more:
+        fixed += ["--steps", "60"]
     named = ["--model", model, "--calibration", text, "--out", out]
     return [str(a) for a in (*named, *fixed, *more)]
 
@@ -216,6 +217,11 @@ def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
         (("--distill", "5", "--no-refit"), "--distill"),
         (("--distill", "-1"), "--distill"),
         (("--steps", "0"), "--steps"),
+        (("--steps", "9", "--method", "magnitude"), "--steps: has no effect on magnitude"),
+        (("--no-propagate", "--method", "wanda"), "--no-propagate: has no effect on wanda"),
+        (("--mesh", "1x64"), "--mesh 1x64: expected SxH whose product"),
+        (("--mesh", "wide", "--calibration", "c4"), "--mesh wide: expected SxH"),
+        (("--coordinator", "nonsense"), "--coordinator 'nonsense': expected HOST:PORT"),
         (("--batch", "0"), "--batch"),
         (("--windows", "9999"), "needs"),
         (("--calibration", "/nowhere.txt"), "nowhere"),
@@ -265,3 +271,43 @@ def test_a_bfloat16_model_gives_nearly_the_same_masks(prune, checkpoint, text, t
 def test_an_unknown_dtype_is_refused(prune, checkpoint, text, tmp_path, capsys):
     assert prune(flags(checkpoint(MODEL), text, tmp_path / "out", "--dtype", "float16")) == 2
     assert "--dtype float16" in capsys.readouterr().err
+
+
+def test_a_termination_amid_the_last_write_leaves_nothing(
+    prune, checkpoint, text, tmp_path, monkeypatch, capsys
+):
+    from jaxprune.commands import prune as command
+
+    def terminated(model, source, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(command, "write_weights", terminated)
+    arguments = flags(checkpoint(MODEL), text, tmp_path / "out", "--method", "magnitude")
+    assert prune(arguments) == 130
+    signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.endswith(
+        "interrupted; the same command with --resume continues\n"
+    )
+    assert [p.name for p in tmp_path.glob(".out*")] == [".out.work"]
+    # What a process left that was killed there.
+    (tmp_path / ".out-abcd_123.partial").mkdir()
+    monkeypatch.undo()
+    assert prune([*arguments, "--resume"]) == 0
+    assert [p.name for p in tmp_path.glob(".out*")] == []
+
+
+def test_an_output_inside_the_model_is_refused(prune, checkpoint, text, capsys):
+    model = checkpoint(MODEL)
+    assert prune(flags(model, text, model / "pruned")) == 2
+    assert f"--out {model / 'pruned'}: is inside the folder of the model" in capsys.readouterr().err
+    assert not list(model.glob("*pruned*"))
+
+
+def test_windows_beyond_the_context_are_noted(prune, checkpoint, text, tmp_path, capsys):
+    more = ("--method", "magnitude", "--seqlen", "65")
+    assert prune(flags(checkpoint(MODEL), text, tmp_path / "out", *more)) == 0
+    assert "note: windows of 65 tokens are longer than the model's context, 64\n" in (
+        capsys.readouterr().err
+    )
