@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxprune.gauss_newton.residuals import AttentionMatrices
 from jaxprune.methods.query_key import (
     QueryKeyContext,
     QueryKeySettings,
     head_errors,
     prune_query_key,
-    query_key_refit,
+    query_key_descent,
 )
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import abstract_model
@@ -80,10 +81,19 @@ def test_the_gradient_is_that_of_attention_as_the_block_computes_it(x64, form):
         return 0.5 * jnp.sum((matrices(wq, wk) - matrices(weights.wq, weights.wk)) ** 2)
 
     dense, data = (weights.wq, weights.wk), {"x": x, "x0": x}
-    context = QueryKeyContext(attention_form(weights, config), dense, None)
-    objective = query_key_refit(dense, context, settings_of(config)).objective
+    form = attention_form(weights, config)
+    context = QueryKeyContext(form, dense, None, importance=())
+    objective = query_key_descent(dense, context, settings_of(config)).objective
     draw = np.random.default_rng(2)
     pruned = tuple(w * (draw.uniform(size=w.shape) < 0.5) for w in dense)
+    # What curvature is measured on.
+    outputs = {name: x[0] @ w for name, w in zip("qk", pruned, strict=True)}
+    shared = {"form": form, "outputs": None}
+    groups = AttentionMatrices(HEADS, GROUPS, WIDTH**-0.5)(outputs, {"x": x[0]}, shared)
+    rows = [jnp.pad(group, [(0, 0)] * 3 + [(0, N - group.shape[-1])]) for group in groups]
+    found = jnp.concatenate(rows, axis=-2).reshape(HEADS, N, N)
+    np.testing.assert_allclose(found, matrices(*pruned).swapaxes(0, 1), rtol=1e-9, atol=1e-12)
+
     value, gradient = jax.jit(jax.value_and_grad(objective))(pruned, data)
     np.testing.assert_allclose(value, error(*pruned), rtol=1e-9)
     step = 1e-5
