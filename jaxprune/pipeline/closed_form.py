@@ -50,7 +50,7 @@ def block_closed_form(
 
 def _input_moments(
     dense: BlockWeights, streams: Streams, curvature: dict[str, MapCurvature], batch: int
-) -> dict[str, Float[Array, "d d"]]:
+) -> dict[str, Float[Array, "_ _"]]:
     """``A = Σ_t ω_t x_t x_tᵀ / Σ_t ω_t`` of every map, over the windows that have weights."""
     windows = min(len(felt.token_weights) for felt in curvature.values())
     totals: dict[str, Array] = {}
@@ -69,7 +69,7 @@ def _weighted_squares(
     hidden: Float[Array, "b n d"],
     weights: dict[str, Float[Array, "b n"]],
     config: LlamaConfig,
-) -> dict[str, Float[Array, "d d"]]:
+) -> dict[str, Float[Array, "_ _"]]:
     inputs = block(dense, hidden, config)[1]
     sums = {}
     for name, omega in weights.items():
