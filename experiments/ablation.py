@@ -15,9 +15,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,12 +31,11 @@ from jaxprune.evaluation import perplexity
 from jaxprune.models import llama
 from jaxprune.models.llama.files import checkpoint_hashes
 from jaxprune.pipeline.model import Progress, PruneSettings, prune_model, units
-from jaxprune.runs import plotting
+from jaxprune.runs import flags, plotting
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
-from jaxprune.runs.script import Flag, run_script
+from jaxprune.runs.metrics import Columns
+from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
-from jaxprune.storage import replacing
 from jaxprune.text import corpora
 from jaxprune.text.tokenizer import Tokenizer
 from jaxprune.text.windows import Windows, calibration_windows, evaluation_windows
@@ -78,6 +78,14 @@ COLUMNS = Columns(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data(flags.CalibrationWindows, flags.Model):
+    """The model, windows to calibrate on, and the text to judge by."""
+
+    text: flags.Maybe[str] = None
+    """text to judge by; if left out, that of --calibration, after what was calibrated on"""
+
+
 @dataclass(frozen=True)
 class Config:
     """Prune with one part of the preset changed at a time, and compare.
@@ -85,16 +93,6 @@ class Config:
     Example: python experiments/ablation.py --model zoo --calibration zoo --out runs/ablation
     """
 
-    model: str = "zoo"
-    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub"""
-    calibration: str = "zoo"
-    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2"""
-    text: str | None = None
-    """text for perplexity and divergence; that of the calibration, after what was calibrated on"""
-    windows: int = 128
-    """windows to calibrate on"""
-    seqlen: int = 256
-    """tokens of a window"""
     sparsity: tuple[str, ...] = ("0.7", "2:4")
     """fractions removed, or N:M patterns"""
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -103,16 +101,10 @@ class Config:
     """seeds of every descent's batches; baselines have none"""
     steps: int = 400
     """steps of a descent in every block"""
-    distill: int | None = None
-    """steps of distillation at the end; the preset's if left out"""
-    out: Path = Path("runs/ablation")
-    """folder of the run"""
-    resume: Flag = False
-    """go on with the run in --out"""
-    redraw: Flag = False
-    """only draw figure and table again from the metrics in --out"""
-    repeat: Path | None = None
-    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+    distill: flags.Maybe[int] = None
+    """steps of distillation at the end; if left out, the preset's"""
+    data: Annotated[Data, flags.MODEL_AND_TEXT] = Data(windows=128, seqlen=256)
+    run: Annotated[flags.Run, flags.RUN] = field(default=flags.Run(out=Path("runs/ablation")))
 
     memory_flags: ClassVar[str] = "--windows or --seqlen"
 
@@ -122,10 +114,7 @@ class Config:
             if name not in VARIANTS:
                 raise InputError(f"--variants {name}: expected some of {', '.join(VARIANTS)}")
         for value in self.sparsity:
-            try:
-                Sparsity.parse(value)
-            except InputError as error:
-                raise InputError(f"--sparsity: {error}") from None
+            Sparsity.parse(value)
         for name in ("seeds", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name}: expected 1 or more")
@@ -145,9 +134,10 @@ class Material(NamedTuple):
 
 def read_text(config: Config, tokenizer: Tokenizer, used: int) -> Windows:
     """Windows to evaluate on: of a running text, those after the ``used`` first."""
-    source = config.text or config.calibration
-    windows = evaluation_windows(source, tokenizer, seqlen=config.seqlen)
-    if source != config.calibration or source in corpora.NAMED:
+    data = config.data
+    source = data.text or data.calibration
+    windows = evaluation_windows(source, tokenizer, seqlen=data.seqlen)
+    if source != data.calibration or source in corpora.NAMED:
         return windows
     if len(windows.tokens) <= used:
         raise InputError(
@@ -162,14 +152,14 @@ def read_text(config: Config, tokenizer: Tokenizer, used: int) -> Windows:
 
 def read(config: Config) -> Material:
     """Load and check everything, and measure the dense model."""
-    config.check()
-    folder = llama.locate(config.model)
+    data = config.data
+    folder = llama.locate(data.model)
     shape = llama.load_config(folder)
     for sparsity in config.sparsity:
         settings_of("descent", sparsity, 0, config).check(shape)
     tokenizer = Tokenizer(folder, shape.vocab_size)
     calibration, heldout = calibration_windows(
-        config.calibration, tokenizer, windows=config.windows, seqlen=config.seqlen
+        data.calibration, tokenizer, windows=data.windows, seqlen=data.seqlen
     )
     text = read_text(config, tokenizer, len(calibration.tokens) + len(heldout.tokens))
     reference = llama.load(folder)
@@ -218,20 +208,20 @@ def compute(
         ):
             rows += new
         seconds = time.monotonic() - started
-    found = perplexity.evaluate(model, material.text)["perplexity"]
-    result = {
+    reached = perplexity.evaluate(model, material.text)["perplexity"]
+    row = {
         "variant": variant,
         "sparsity": sparsity,
         "seed": seed,
         "calibration_error": float(np.mean([row["calibration_error"] for row in rows])),
         "heldout_error": float(np.mean([row["heldout_error"] for row in rows])),
         "divergence": perplexity.divergence(model, material.reference, material.text),
-        "perplexity_gap": found - material.dense_perplexity,
+        "perplexity_gap": reached - material.dense_perplexity,
         "dense_perplexity": material.dense_perplexity,
         "seconds": seconds,
     }
     work.remove()
-    return [result]
+    return [row]
 
 
 def table(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -278,48 +268,43 @@ def draw(metrics: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def report(metrics: pd.DataFrame, folder: Path) -> None:
+def report(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
     """Figure and table."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
     plotting.save(draw(metrics), figures, "ablation")
-    shown = table(metrics).to_markdown(index=False)
-    with replacing(folder / "tables.md") as partial_file:
-        partial_file.write_text(shown + "\n")
-    print(shown)
-    print(f"metrics, table and figure: {folder}")
+    return table(metrics).to_markdown(index=False) + "\n"
 
 
-def body(config: Config) -> None:
-    """Run, or redraw."""
-    if config.redraw:
-        with drawing_again(config.out):
-            report(read_metrics(config.out, COLUMNS), config.out)
-        return
+def prepare(config: Config) -> Experiment:
+    """Read model and texts."""
     material = read(config)
     inputs = {
         "model": checkpoint_hashes(material.folder),
         "calibration": material.calibration.hashes(),
         "text": material.text.hashes(),
     }
+    return Experiment(partial(compute_all, config, material), inputs)
+
+
+def compute_all(config: Config, material: Material, run: RunFolder) -> list[dict[str, Any]]:
+    """Rows of all cells."""
     cells, rows = plan(config), []
-    with RunFolder(config.out, config, resume=config.resume, inputs=inputs) as run:
-        steps = [units(settings_of(*cell, config), material.shape) for cell in cells]
-        with tqdm(total=sum(steps), unit="chunk") as bar:
-            for i, cell in enumerate(cells):
-                name = "-".join(map(str, cell)).replace(":", "of")
+    steps = [units(settings_of(*cell, config), material.shape) for cell in cells]
+    with tqdm(total=sum(steps), unit="chunk") as bar:
+        for i, cell in enumerate(cells):
+            name = "-".join(map(str, cell)).replace(":", "of")
 
-                def progress(where: Progress, before: int = sum(steps[:i])) -> None:
-                    bar.update(before + where.done - bar.n)
+            def progress(where: Progress, before: int = sum(steps[:i])) -> None:
+                bar.update(before + where.done - bar.n)
 
-                def part(cell: tuple[str, str, int] = cell) -> list[dict[str, Any]]:
-                    return compute(cell, config, material, run, progress)
+            bar.set_postfix_str(name)
+            rows += run.part(name, partial(compute, cell, config, material, run, progress))
+            bar.update(sum(steps[: i + 1]) - bar.n)
+    return rows
 
-                bar.set_postfix_str(name)
-                rows += run.part(name, part)
-                bar.update(sum(steps[: i + 1]) - bar.n)
-        metrics = run.write_metrics(rows, COLUMNS)
-    report(metrics, config.out)
+
+def body(config: Config) -> None:
+    """Run, or redraw."""
+    run_experiment(config, prepare, report, COLUMNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

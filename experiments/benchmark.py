@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +52,12 @@ from jaxprune.methods.query_key import (
     query_key_importance,
 )
 from jaxprune.objective import fused_error
-from jaxprune.runs import plotting
+from jaxprune.runs import flags, plotting
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
-from jaxprune.runs.script import Flag, run_script
+from jaxprune.runs.metrics import Columns
+from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sharding import over_mesh, use_mesh
 from jaxprune.sparsity import Sparsity
-from jaxprune.storage import replacing
 
 KERNEL_SHAPES = (  # n, d, heads
     (128, 64, 1),
@@ -81,6 +80,11 @@ COLUMNS = Columns((), texts=("part",), sparse=("seconds",))
 PARTS = ("kernel", "loss", "algorithm1", "sweep", "baselines", "growth", "memory", "llama")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run(flags.Redraw, flags.Folder):
+    """A run whose numbers are times, which nothing can repeat."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Speed and memory, each against what it could be.
@@ -94,18 +98,13 @@ class Config:
     """turns of every comparison"""
     seconds: float = 20.0
     """a comparison ends after so long even if turns are missing, but not before three"""
-    quick: Flag = False
+    quick: flags.Flag = False
     """small shapes and few turns"""
     layers: int = 16
     """of the llama part; time is that of those run, and their mean times 16"""
     steps: int = 300
     """of the descents in algorithm1, sweep and llama"""
-    out: Path = Path("runs/benchmark")
-    """folder of the run"""
-    resume: Flag = False
-    """go on with the run in --out"""
-    redraw: Flag = False
-    """only draw the table and figure again from the metrics in --out"""
+    run: Annotated[Run, flags.RUN] = Run(out=Path("runs/benchmark"))
 
     memory_flags: ClassVar[str] = "the number of --parts, or take --quick"
 
@@ -288,10 +287,10 @@ def algorithm1_part(config: Config) -> list[dict[str, Any]]:
     lam, rate = 0.01, 0.1
 
     def one(x: jax.Array, w: jax.Array) -> jax.Array:
-        found = algorithm1(
+        result = algorithm1(
             x, w, lam=lam, learning_rate=rate, sparsity=Sparsity(0.5), steps=config.steps
         )
-        return found.state.variable
+        return result.state.variable
 
     contenders = on_devices(jax.vmap(one), x, w)
     ours = list(contenders)[-1]
@@ -313,10 +312,10 @@ def sweep_part(config: Config) -> list[dict[str, Any]]:
 
     def every(x: jax.Array, w: jax.Array, lam: jax.Array, rate: jax.Array) -> jax.Array:
         def one(x: jax.Array, w: jax.Array, lam: jax.Array, rate: jax.Array) -> jax.Array:
-            found = algorithm1(
+            result = algorithm1(
                 x, w, lam=lam, learning_rate=rate, sparsity=Sparsity(0.5), steps=config.steps
             )
-            return found.state.variable
+            return result.state.variable
 
         over_seeds = jax.vmap(one, (0, 0, None, None))
         return jax.vmap(over_seeds, (None, None, 0, 0))(x, w, lam, rate)
@@ -488,8 +487,8 @@ def draw(metrics: pd.DataFrame, folder: Path) -> None:
     plotting.save(figure, folder, "growth")
 
 
-def report_on(metrics: pd.DataFrame, run_folder: Path, figures: Path) -> None:
-    """The table, on the screen and in ``tables.md``, and the figure."""
+def report_on(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
+    """The tables and the figure."""
     shown = metrics.drop(columns=["part"]).groupby(metrics["part"], sort=False)
     text = ""
     for part, frame in shown:
@@ -498,10 +497,8 @@ def report_on(metrics: pd.DataFrame, run_folder: Path, figures: Path) -> None:
     slopes = exponents(metrics)
     if len(slopes):
         text += "## fitted exponents\n\n" + slopes.to_markdown(index=False, floatfmt=".2f") + "\n"
-    print(text)
-    with replacing(run_folder / "tables.md") as partial_file:
-        partial_file.write_text(text)
     draw(metrics, figures)
+    return text
 
 
 MEASURE = {
@@ -524,21 +521,25 @@ def one_device_per_core() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {count}".strip()
 
 
-def body(config: Config) -> None:
-    """Measure part by part, then tabulate."""
-    config.check()
-    if config.redraw:
-        with drawing_again(config.out):
-            report_on(read_metrics(config.out, COLUMNS), config.out, config.out / "figures")
-        return
+def prepare(config: Config) -> Experiment:
+    """Set the devices up."""
     one_device_per_core()
     if not torch_forms.available():
         print("PyTorch is not installed (pip install torch): its rows are left out")
-    with RunFolder(config.out, config, resume=config.resume) as run:
-        rows: list[dict[str, Any]] = []
-        for part in config.parts:
-            rows += run.part(part, partial(MEASURE[part], config))
-        report_on(run.write_metrics(rows), run.path, run.figures)
+    return Experiment(partial(compute_all, config))
+
+
+def compute_all(config: Config, run: RunFolder) -> list[dict[str, Any]]:
+    """Rows of all parts."""
+    rows: list[dict[str, Any]] = []
+    for part in config.parts:
+        rows += run.part(part, partial(MEASURE[part], config))
+    return rows
+
+
+def body(config: Config) -> None:
+    """Measure part by part, or tabulate again."""
+    run_experiment(config, prepare, report_on, COLUMNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

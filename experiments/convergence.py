@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import ClassVar, cast, get_args
+from typing import Annotated, ClassVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,19 +32,17 @@ from jaxprune.convergence.report import report
 from jaxprune.convergence.step_sizes import StepRule
 from jaxprune.convergence.theorem import iteration_bound, iterations_used, pl_envelope, step_series
 from jaxprune.errors import InputError
+from jaxprune.evaluation.heads import FusedHeads
+from jaxprune.evaluation.synthetic import HeadKeys, RandomHead, random_head
 from jaxprune.methods.fused import algorithm1
-from jaxprune.models import llama
-from jaxprune.models.llama.activations import attention_inputs
-from jaxprune.models.llama.files import checkpoint_hashes
 from jaxprune.objective import mask_loss
-from jaxprune.runs import plotting
+from jaxprune.runs import flags, plotting
+from jaxprune.runs.configuration import Group
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
-from jaxprune.runs.script import Flag, check_positive, run_script
+from jaxprune.runs.metrics import Columns
+from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import replacing
-from jaxprune.text.tokenizer import Tokenizer
-from jaxprune.text.windows import calibration_windows
 
 LOGITS_STD = 2.0
 # Accuracies ε as fractions of L(M_0) − ξ.
@@ -61,6 +58,20 @@ QUANTITIES = ("used", "operations", "bound", "bound_certified", "mu", "curvature
 CANDIDATES = 40  # ξ of an envelope
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "-", "-", "--", ":", "-.")  # curves that coincide stay visible
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Group):
+    """Heads of a model on one window of a text."""
+
+    model: str = "zoo"
+    """heads of a model: zoo, a folder, a .gguf, owner/name on the hub; none leaves them out"""
+    calibration: str = "zoo"
+    """text whose first window the model's heads see: zoo, a file, c4, wikitext2"""
+    seqlen: int = 64
+    """tokens of that window"""
+    layers: tuple[int, ...] = (0, 2)
+    """layers of the model"""
 
 
 @dataclass(frozen=True)
@@ -84,22 +95,8 @@ class Config:
     """updates of a run"""
     step: str = "curvature"
     """step size η: certified, curvature, backtracking, or a number"""
-    model: str = "zoo"
-    """heads of a model: zoo, a folder, a .gguf, owner/name on the hub; none leaves them out"""
-    calibration: str = "zoo"
-    """text whose first window the model's heads see: zoo, a file, c4, wikitext2"""
-    seqlen: int = 64
-    """tokens of that window"""
-    layers: tuple[int, ...] = (0, 2)
-    """layers of the model"""
-    out: Path = Path("runs/convergence")
-    """folder of the run"""
-    resume: Flag = False
-    """go on with the run in --out"""
-    redraw: Flag = False
-    """only draw figures and tables again from what is in --out"""
-    repeat: Path | None = None
-    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+    data: Annotated[Data, flags.MODEL_AND_TEXT] = Data()
+    run: Annotated[flags.Run, flags.RUN] = field(default=flags.Run(out=Path("runs/convergence")))
 
     memory_flags: ClassVar[str] = "--seeds, --n, --d or --seqlen"
 
@@ -114,7 +111,7 @@ class Config:
             if smallest < least:
                 raise InputError(f"--{name} {smallest}: expected {least} or more")
         for lam in self.lam:
-            check_positive("--lam", lam)
+            flags.check_positive("--lam", lam)
         self.step_size()
 
     def step_size(self) -> float | StepRule:
@@ -174,7 +171,9 @@ def plan(config: Config, width: int | None) -> list[Part]:
     varied += [Part(lam, value, d) for value in config.n]
     varied += [Part(lam, n, value) for value in config.d]
     if width is not None:
-        varied += [Part(lam, config.seqlen, width, layer) for layer in sorted(set(config.layers))]
+        varied += [
+            Part(lam, config.data.seqlen, width, layer) for layer in sorted(set(config.data.layers))
+        ]
     return list(dict.fromkeys(varied))
 
 
@@ -182,42 +181,11 @@ def synthetic_heads(part: Part, config: Config) -> tuple[jax.Array, jax.Array]:
     """``x [heads, 1, n, d]`` and fused ``w [heads, d, d]`` with logits of standard deviation 2."""
 
     def one(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        keys = jax.random.split(jax.random.key(seed), 3)
-        x = jax.random.normal(keys[0], (1, part.n, part.d))
-        wq, wk = (jax.random.normal(key, (part.d, config.k)) for key in keys[1:])
-        w = wq @ wk.T
-        return x, w * (LOGITS_STD / jnp.linalg.norm(w))
+        x, wq, wk = jax.random.split(jax.random.key(seed), 3)
+        head = random_head(HeadKeys(wq, wk, x), RandomHead(d=part.d, k=config.k, n=part.n))
+        return head.x, head.w * (LOGITS_STD / jnp.linalg.norm(head.w))
 
     return jax.vmap(one)(jnp.arange(config.seeds))
-
-
-class ModelHeads:
-    """Fused heads of a model on the first window of a text; RoPE left out, as in the paper."""
-
-    def __init__(self, config: Config) -> None:
-        folder = llama.locate(config.model)
-        self.settings = llama.load_config(folder)
-        for layer in config.layers:
-            if not 0 <= layer < self.settings.num_hidden_layers:
-                raise InputError(
-                    f"--layers {layer}: the model has layers 0 to "
-                    f"{self.settings.num_hidden_layers - 1}"
-                )
-        tokenizer = Tokenizer(folder, self.settings.vocab_size)
-        windows, _ = calibration_windows(
-            config.calibration, tokenizer, windows=1, seqlen=config.seqlen, heldout=0
-        )
-        self._model, self._tokens = llama.load(folder, "float32"), jnp.asarray(windows.tokens)
-        self.inputs = {"model": checkpoint_hashes(folder), "calibration": windows.hashes()}
-
-    def heads(self, layer: int) -> tuple[jax.Array, jax.Array]:
-        """``x [heads, 1, n, d]`` and ``w = W_Q W_Kᵀ/√k`` of every query head."""
-        x = next(islice(attention_inputs(self._model, self._tokens), layer, None))
-        weights, settings = self._model.block_weights(layer), self.settings
-        wq, wk = (w.reshape(x.shape[-1], -1, settings.head_dim) for w in (weights.wq, weights.wk))
-        wk = jnp.repeat(wk, wq.shape[1] // wk.shape[1], axis=1)
-        w = jnp.einsum("dhk,ehk->hde", wq, wk) / np.sqrt(settings.head_dim)
-        return jnp.broadcast_to(x, (w.shape[0], *x.shape)), w
 
 
 def compute(
@@ -227,7 +195,7 @@ def compute(
     x, w = heads()
 
     def one(x: jax.Array, w: jax.Array) -> tuple:
-        found = algorithm1(
+        result = algorithm1(
             x,
             w,
             lam=part.lam,
@@ -237,8 +205,8 @@ def compute(
             monitor=True,
         )
         loss = partial(mask_loss, x=x, w=w, lam=part.lam)
-        curved = [curvature(loss, mask).value for mask in (jnp.ones_like(w), found.state.variable)]
-        return found.trace, jnp.stack(curved), certified_lipschitz(x, w, part.lam)
+        curved = [curvature(loss, mask).value for mask in (jnp.ones_like(w), result.state.variable)]
+        return result.trace, jnp.stack(curved), certified_lipschitz(x, w, part.lam)
 
     trace, curved, lipschitz = jax.jit(jax.vmap(one))(x, w)
     checked, series = report(trace, lipschitz=lipschitz), step_series(trace)
@@ -434,11 +402,11 @@ def series(metrics: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     synthetic = metrics[
         (metrics["setting"] == "synthetic") & (metrics["n"] == n) & (metrics["d"] == d)
     ]
-    found = [(f"synthetic, λ = {value:g}", frame) for value, frame in synthetic.groupby("lam")]
+    curves = [(f"synthetic, λ = {value:g}", frame) for value, frame in synthetic.groupby("lam")]
     # Least, middle and largest λ: more curves than that hide each other.
-    found = [found[i] for i in sorted({0, len(found) // 2, len(found) - 1})]
+    curves = [curves[i] for i in sorted({0, len(curves) // 2, len(curves) - 1})]
     models = metrics[metrics["setting"] != "synthetic"]
-    return found + [
+    return curves + [
         (f"model, {str(name).replace('layer', 'layer ')}, λ = {lam:g}", frame)
         for name, frame in models.groupby("setting")
     ]
@@ -622,9 +590,9 @@ def draw_dependence(metrics: pd.DataFrame) -> plt.Figure:
         title = ", ".join(f"{'λ' if key == 'lam' else key} = {base[key]:g}" for key in others)
         for quantity in ("used", "operations"):
             fit = fitted[(fitted["variable"] == name) & (fitted["quantity"] == quantity)]
-            for _, found in fit.iterrows():
-                interval = f"[{found['low']:.2f}, {found['high']:.2f}]"
-                title += f"\n{quantity} ∝ ${symbol}^{{{found['exponent']:.2f}}}$, 95%: {interval}"
+            for _, result in fit.iterrows():
+                interval = f"[{result['low']:.2f}, {result['high']:.2f}]"
+                title += f"\n{quantity} ∝ ${symbol}^{{{result['exponent']:.2f}}}$, 95%: {interval}"
         axes[0, column].set_title(title, fontsize=8)
         axes[1, column].set_xlabel(symbol)
     axes[0, 0].set_ylabel(
@@ -645,10 +613,8 @@ def finished(figure: plt.Figure, axes: Axes) -> plt.Figure:
     return figure
 
 
-def report_on(metrics: pd.DataFrame, folder: Path) -> None:
+def report_on(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
     """Figures, and the table on file and terminal."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
     for name, draw in (
         ("curves", draw_curves),
         ("envelope", draw_envelope),
@@ -676,23 +642,18 @@ def report_on(metrics: pd.DataFrame, folder: Path) -> None:
             + fitted.to_markdown(index=False, floatfmt=".3g")
             + "\n"
         )
-    with replacing(folder / "tables.md") as partial_file:
-        partial_file.write_text(text)
-    print(text)
-    print(f"metrics, tables and figures: {folder}")
+    return text
 
 
-def body(config: Config) -> None:
-    """Run, or redraw."""
-    if config.redraw:
-        with drawing_again(config.out):
-            report_on(read_metrics(config.out, COLUMNS), config.out)
-        return
-    config.check()
-    model = None if config.model == "none" else ModelHeads(config)
-    parts = plan(config, None if model is None else model.settings.hidden_size)
-    inputs = {} if model is None else model.inputs
-    with RunFolder(config.out, config, resume=config.resume, inputs=inputs) as run:
+def prepare(config: Config) -> Experiment:
+    """Read the model."""
+    data = config.data
+    model = None
+    if data.model != "none":
+        model = FusedHeads(data.model, data.calibration, seqlen=data.seqlen, layers=data.layers)
+    parts = plan(config, None if model is None else model.config.hidden_size)
+
+    def rows(run: RunFolder) -> list[dict]:
         rows: list[dict] = []
         form = "{l_bar}{bar}| {elapsed} elapsed, {remaining} left{postfix}"
         with tqdm(total=sum(part.cost for part in parts), bar_format=form) as bar:
@@ -706,8 +667,14 @@ def body(config: Config) -> None:
                 if done:  # read back, not computed: it says nothing about the rate
                     bar.initial += part.cost
                 bar.update(part.cost)
-        metrics = run.write_metrics(rows, COLUMNS)
-    report_on(metrics, config.out)
+        return rows
+
+    return Experiment(rows, {} if model is None else model.inputs)
+
+
+def body(config: Config) -> None:
+    """Run, or redraw."""
+    run_experiment(config, prepare, report_on, COLUMNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,16 +19,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import tyro
 from jaxtyping import Array
 from tqdm import tqdm
 
@@ -40,12 +41,12 @@ from jaxprune.evaluation.fused_llama import expansion_cost, fused_losses, rotary
 from jaxprune.evaluation.heads import Layers, available_memory, from_model
 from jaxprune.methods.rotary import RotaryHead, rotary_algorithm1, rotary_descent
 from jaxprune.models import llama
-from jaxprune.runs import plotting
+from jaxprune.runs import flags, plotting
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
-from jaxprune.runs.script import Flag, run_script
+from jaxprune.runs.metrics import Columns
+from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
-from jaxprune.storage import replacing, write_arrays
+from jaxprune.storage import write_arrays
 from jaxprune.text.tokenizer import Tokenizer
 from jaxprune.text.windows import PRESETS, Windows, evaluation_windows
 
@@ -64,6 +65,16 @@ COLUMNS = Columns(
 _MULTIPLES, _DECAYS = (10.0, 10.0, 1.0), (0.003, 0.01, 0.01)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data(flags.CalibrationWindows, flags.Model):
+    """The model, windows to calibrate on, and those that the perplexity is taken on."""
+
+    text: str = "zoo"
+    """what the perplexity is taken on, likewise; another file than that of --calibration"""
+    eval_windows: flags.Maybe[int] = None
+    """windows of --text, from its start; if left out, 32 or as the preset says"""
+
+
 @dataclass(frozen=True)
 class Config:
     """Perplexity with pruned fused weights, exact under RoPE, beside pruned projections.
@@ -71,27 +82,19 @@ class Config:
     Example: python experiments/fused_perplexity.py --model zoo --calibration zoo --text zoo
     """
 
-    model: str = "zoo"
-    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub"""
-    calibration: str = "zoo"
-    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper"""
-    text: str = "zoo"
-    """what the perplexity is taken on, likewise; another file than that of --calibration"""
-    windows: int | None = None
-    """windows to calibrate on; 128, or as the preset says"""
-    seqlen: int | None = None
-    """tokens of a window, a BOS included; 256, or as the preset says"""
-    eval_windows: int | None = None
-    """windows of --text, from its start; 32, or as the preset says"""
     ratios: tuple[float, ...] = (0.5, 0.7)
     """fractions removed"""
-    methods: tuple[str, ...] = METHODS
-    """magnitude, wanda, sparsegpt, fused_magnitude, ranking, algorithm1, descent,
-    algorithm1_rope, descent_rope"""
+    methods: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            help="magnitude, wanda, sparsegpt, fused_magnitude, ranking, algorithm1, descent, "
+            "algorithm1_rope, descent_rope"
+        ),
+    ] = METHODS
     steps: int = 300
     """gradient-descent steps of Algorithm 1 without positions"""
-    descent_steps: int | None = None
-    """steps of the preset descent without positions; the preset's if left out"""
+    descent_steps: flags.Maybe[int] = None
+    """steps of the preset descent without positions; if left out, the preset's"""
     rope_steps: int = 200
     """steps of the methods that learn on the logits with positions"""
     rope_tokens: int = 96
@@ -100,16 +103,10 @@ class Config:
     """sequences of a step of Algorithm 1"""
     max_hours: float = 1.0
     """refuse what is estimated to take longer"""
-    seed: int = 0
-    """of windows drawn from C4"""
-    out: Path = Path("runs/fused_perplexity")
-    """folder of the run"""
-    resume: Flag = False
-    """go on with the run in --out"""
-    redraw: Flag = False
-    """only draw figure and table again from the metrics in --out"""
-    repeat: Path | None = None
-    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+    data: Annotated[Data, flags.MODEL_AND_TEXT] = Data()
+    run: Annotated[flags.SeededRun, flags.RUN] = field(
+        default=flags.SeededRun(out=Path("runs/fused_perplexity"))
+    )
 
     memory_flags: ClassVar[str] = "--windows, --seqlen or --batch-size"
 
@@ -128,20 +125,22 @@ class Config:
         for name in ("steps", "descent_steps", "rope_steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')}: expected 1 or more")
+                raise InputError(f"{flags.flag_of(name)}: expected 1 or more")
         if not self.max_hours > 0:
             raise InputError(f"--max-hours {self.max_hours:g}: expected more than 0")
         if self.rope_tokens < 2:
             raise InputError("--rope-tokens: expected 2 or more")
-        if self.text == self.calibration and Path(self.text).is_file():
-            raise InputError(f"--text {self.text}: is what --calibration names; give another file")
+        text = self.data.text
+        if text == self.data.calibration and Path(text).is_file():
+            raise InputError(f"--text {text}: is what --calibration names; give another file")
 
     def evaluation(self, tokenizer: Tokenizer) -> Windows:
         """Windows the perplexity is taken on."""
-        windows = self.eval_windows
-        if windows is None and self.text not in PRESETS:
+        data = self.data
+        windows = data.eval_windows
+        if windows is None and data.text not in PRESETS:
             windows = 32
-        return evaluation_windows(self.text, tokenizer, windows=windows, seqlen=self.seqlen)
+        return evaluation_windows(data.text, tokenizer, windows=windows, seqlen=data.seqlen)
 
 
 def refuse_what_does_not_fit(
@@ -160,19 +159,19 @@ def refuse_what_does_not_fit(
     steps = config.rope_steps * sum(runs[m] for m in fused if m in runs)
     operations = evaluated.operations * len(fused) * len(config.ratios) + steps * each_step
     hours = operations / matrix_speed() / 3600
-    free = available_memory()
+    free, model = available_memory(), f"--model {config.data.model}"
     print(
         f"fused logits: {operations:.2g} operations, about {60 * hours:.1f} minutes here, and "
         f"{evaluated.memory / 2**20:.0f} MiB at once ({free / 2**20:.0f} MiB are free)"
     )
     if fused and evaluated.memory > free:
         raise InputError(
-            f"--model {config.model}: the fused logits need {evaluated.memory / 2**30:.1f} GiB, "
+            f"{model}: the fused logits need {evaluated.memory / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free; they are for models of small width"
         )
     if fused and hours > config.max_hours:
         raise InputError(
-            f"--model {config.model}: the fused logits would take about {hours:.1f} hours, more "
+            f"{model}: the fused logits would take about {hours:.1f} hours, more "
             f"than --max-hours {config.max_hours:g}; fewer --eval-windows, --ratios or --methods "
             "take less"
         )
@@ -210,15 +209,19 @@ def fused_factors(
     batch = min(config.batch_size, problems.x.shape[0])
     if method in WITH_POSITIONS:
         x = problems.x[:, : config.rope_tokens]
-        found = np.asarray(learn_with_positions(x, heads, ratios, method, config.rope_steps, batch))
+        factors = np.asarray(
+            learn_with_positions(x, heads, ratios, method, config.rope_steps, batch)
+        )
     elif method == ALGORITHM1:
         (_, (kept,)), _, _ = search_algorithm1(
             problems, ratios, steps=config.steps, batch_size=batch
         )
-        found = np.asarray(kept)
+        factors = np.asarray(kept)
     else:
-        found = np.asarray(prune(problems, ratios, method=method, steps=config.descent_steps)[1][0])
-    return {f"{ratio:g}": found[:, i] for i, ratio in enumerate(config.ratios)}
+        factors = np.asarray(
+            prune(problems, ratios, method=method, steps=config.descent_steps)[1][0]
+        )
+    return {f"{ratio:g}": factors[:, i] for i, ratio in enumerate(config.ratios)}
 
 
 @partial(jax.jit, static_argnames=("method", "steps", "batch"))
@@ -327,10 +330,10 @@ def rows_of(
 
     def row(name: str, method: str, ratio: float, measure: Any) -> dict[str, Any]:
         bar.set_postfix_str(name)
-        found = run.part(name, lambda: [measure()])[0]
+        result = run.part(name, lambda: [measure()])[0]
         bar.update()
         weights = stored[method, ratio]
-        return {"method": method, "ratio": ratio, "stored_weights": weights, **found}
+        return {"method": method, "ratio": ratio, "stored_weights": weights, **result}
 
     blocks = model.blocks.get_value()
     stored = stored | {("dense", 0.0): blocks.wq.size + blocks.wk.size}
@@ -373,53 +376,48 @@ def draw(metrics: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def report(metrics: pd.DataFrame, folder: Path) -> None:
+def report(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
     """Figure and table."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
     plotting.save(draw(metrics), figures, "perplexity")
     dense = metrics.loc[metrics["method"] == "dense", "perplexity"].item()
-    shown = f"Perplexity (dense: {dense:.4f})\n\n"
-    shown += table_of(metrics).to_markdown(index=False, floatfmt=".4f")
-    with replacing(folder / "tables.md") as partial_file:
-        partial_file.write_text(shown + "\n")
-    print(shown)
-    print(f"metrics, table, figure and masks: {folder}")
+    shown = table_of(metrics).to_markdown(index=False, floatfmt=".4f")
+    return f"Perplexity (dense: {dense:.4f})\n\n{shown}\n"
 
 
-def body(config: Config) -> None:
-    """Run, or redraw."""
-    if config.redraw:
-        with drawing_again(config.out):
-            report(read_metrics(config.out, COLUMNS), config.out)
-        return
-    config.check()
-    folder = llama.locate(config.model)
+def prepare(config: Config) -> Experiment:
+    """Read model and texts, and refuse what does not fit."""
+    data = config.data
+    folder = llama.locate(data.model)
     shape = llama.load_config(folder)
     text = config.evaluation(Tokenizer(folder, shape.vocab_size))
     refuse_what_does_not_fit(config, shape, *text.tokens.shape)
     source = from_model(
-        config.model,
-        config.calibration,
-        windows=config.windows,
-        seqlen=config.seqlen,
-        seed=config.seed,
+        data.model,
+        data.calibration,
+        windows=data.windows,
+        seqlen=data.seqlen,
+        seed=config.run.seed,
     )
-    inputs = source.inputs | {"text": text.hashes()}
-    with RunFolder(config.out, config, resume=config.resume, inputs=inputs) as run:
+
+    def rows(run: RunFolder) -> list[dict[str, Any]]:
         model = llama.load(folder)
         learned = shape.num_hidden_layers * len(config.methods)
         measured = 1 + len(config.methods) * len(config.ratios)
         stored: dict[tuple[str, float], int] = {}
         with tqdm(total=learned + measured, unit="part") as bar:
-            for name, rows in learn(run, source, model, config, bar):
+            for name, new in learn(run, source, model, config, bar):
                 method = name.split("-", 1)[1]
-                for row in rows:
+                for row in new:
                     point = method, row["ratio"]
                     stored[point] = stored.get(point, 0) + row["stored"]
-            rows = list(rows_of(run, model, text, config, stored, bar))
-        metrics = run.write_metrics(rows, COLUMNS)
-    report(metrics, config.out)
+            return list(rows_of(run, model, text, config, stored, bar))
+
+    return Experiment(rows, source.inputs | {"text": text.hashes()})
+
+
+def body(config: Config) -> None:
+    """Run, or redraw."""
+    run_experiment(config, prepare, report, COLUMNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,13 @@ from jaxprune.evaluation.comparison import (
     search_algorithm1,
 )
 from jaxprune.evaluation.heads import Layers, from_model
-from jaxprune.runs import plotting
+from jaxprune.evaluation.synthetic import HeadKeys, RandomHead, random_head
+from jaxprune.runs import flags, plotting
+from jaxprune.runs.configuration import flat
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
-from jaxprune.runs.script import Flag, run_script
+from jaxprune.runs.metrics import Columns
+from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
-from jaxprune.storage import replacing
 
 SYNTHETIC = {"isotropic": 0.0, "correlated": 1.0}  # exponents of the covariance's power law
 REAL = "real heads"
@@ -61,6 +62,14 @@ COLUMNS = Columns(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data(flags.Calibration, flags.Model):
+    """The model that real heads are taken from, and its text."""
+
+    heads: int = 4
+    """real heads, the first of as many layers, spread over the model"""
+
+
 @dataclass(frozen=True)
 class Config:
     """Map of the logit scales and calibration sizes at which Algorithm 1 generalises.
@@ -68,10 +77,6 @@ class Config:
     Example: python experiments/regimes.py --model zoo --calibration zoo --out runs/regimes
     """
 
-    model: str = "zoo"
-    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub"""
-    calibration: str = "zoo"
-    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2"""
     logits_std: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     """standard deviations of the logits, over pairs of tokens"""
     tokens_per_entry: tuple[float, ...] = (0.03125, 0.125, 0.5, 2.0, 8.0)
@@ -84,22 +89,14 @@ class Config:
     """tokens of a sequence"""
     seeds: int = 3
     """synthetic draws"""
-    heads: int = 4
-    """real heads, the first of as many layers, spread over the model"""
     ratio: float = 0.5
     """fraction removed"""
     steps: int = 300
     """gradient-descent steps of Algorithm 1"""
     batch_size: int = 4
     """sequences of a step of Algorithm 1"""
-    out: Path = Path("runs/regimes")
-    """folder of the run"""
-    resume: Flag = False
-    """go on with the run in --out"""
-    redraw: Flag = False
-    """only draw figure and table again from the metrics in --out"""
-    repeat: Path | None = None
-    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+    data: Annotated[Data, flags.MODEL_AND_TEXT] = Data()
+    run: Annotated[flags.Run, flags.RUN] = field(default=flags.Run(out=Path("runs/regimes")))
 
     memory_flags: ClassVar[str] = "--tokens-per-entry, --n or --d"
 
@@ -112,10 +109,10 @@ class Config:
         for name in ("logits_std", "tokens_per_entry"):
             values = getattr(self, name)
             if not values or not all(0 < value < 1e4 for value in values):
-                raise InputError(f"--{name.replace('_', '-')}: expected numbers above 0")
+                raise InputError(f"{flags.flag_of(name)}: expected numbers above 0")
         for name in ("d", "k", "n", "seeds", "heads", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')}: expected 1 or more")
+            if flat(self)[name] < 1:
+                raise InputError(f"{flags.flag_of(name)}: expected 1 or more")
 
 
 def sequences(tokens_per_entry: float, d: int, n: int) -> int:
@@ -123,20 +120,13 @@ def sequences(tokens_per_entry: float, d: int, n: int) -> int:
     return max(1, round(tokens_per_entry * d * d / n))
 
 
-@partial(jax.jit, static_argnames=("count", "exponent", "config"))
 def synthetic(seed: Array, *, count: int, exponent: float, config: Config) -> FusedProblem:
     """Weights and activations of one seed, at whatever scale of the logits."""
-    d, n = config.d, config.n
-    keys = jax.random.split(jax.random.key(seed), 5)
-    eigenvalues = jnp.arange(1, d + 1.0) ** -exponent
-    colour = jnp.sqrt(d * eigenvalues / eigenvalues.sum())[:, None]
-    colour = colour * jnp.linalg.qr(jax.random.normal(keys[0], (d, d)))[0].T
-    x, heldout = (
-        jax.random.normal(key, (b, n, d)) @ colour
-        for key, b in zip(keys[1:3], (count, HELDOUT), strict=True)
+    rotation, x, heldout, wq, wk = jax.random.split(jax.random.key(seed), 5)
+    head = RandomHead(
+        d=config.d, k=config.k, n=config.n, sequences=count, heldout=HELDOUT, exponent=exponent
     )
-    wq, wk = (jax.random.normal(key, (d, config.k)) for key in keys[3:])
-    return FusedProblem(x, heldout, wq, wk)
+    return random_head(HeadKeys(wq, wk, x, heldout, rotation), head)
 
 
 def with_logits_std(problems: FusedProblem, wanted: float) -> FusedProblem:
@@ -160,19 +150,21 @@ def with_logits_std(problems: FusedProblem, wanted: float) -> FusedProblem:
 
 def real_heads(config: Config, source: Layers) -> FusedProblem:
     """The first head of some layers, with activations cut into sequences of ``n`` tokens."""
-    chosen = np.unique(np.linspace(0, len(source.indices) - 1, config.heads).round().astype(int))
+    chosen = np.unique(
+        np.linspace(0, len(source.indices) - 1, config.data.heads).round().astype(int)
+    )
     wanted = {source.indices[i] for i in chosen}
-    found = [problems for layer, problems in source.read() if layer in wanted]
+    layers = [problems for layer, problems in source.read() if layer in wanted]
 
     def cut(x: Array) -> Array:
         n = min(config.n, x.shape[1])
         return x[:, : x.shape[1] // n * n].reshape(-1, n, x.shape[2])
 
     return FusedProblem(
-        x=jnp.stack([cut(p.x) for p in found]),
-        x_heldout=jnp.stack([cut(p.x_heldout)[:: max(1, len(p.x_heldout) // 4)] for p in found]),
-        wq=jnp.stack([p.wq[0] for p in found]),
-        wk=jnp.stack([p.wk[0] for p in found]),
+        x=jnp.stack([cut(p.x) for p in layers]),
+        x_heldout=jnp.stack([cut(p.x_heldout)[:: max(1, len(p.x_heldout) // 4)] for p in layers]),
+        wq=jnp.stack([p.wq[0] for p in layers]),
+        wk=jnp.stack([p.wk[0] for p in layers]),
     )
 
 
@@ -305,33 +297,29 @@ def panel(cell: Axes, here: pd.DataFrame, measure: str) -> plt.cm.ScalarMappable
     return image
 
 
-def report(metrics: pd.DataFrame, folder: Path) -> None:
+def report(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
     """Figure and table."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
     plotting.save(draw(metrics), figures, "regimes")
-    shown = ratios_of(metrics).to_markdown(index=False, floatfmt=".3g")
-    with replacing(folder / "tables.md") as partial_file:
-        partial_file.write_text(shown + "\n")
-    print(shown)
-    print(f"metrics, table and figure: {folder}")
+    return ratios_of(metrics).to_markdown(index=False, floatfmt=".3g") + "\n"
 
 
-def body(config: Config) -> None:
-    """Run, or redraw."""
-    if config.redraw:
-        with drawing_again(config.out):
-            report(read_metrics(config.out, COLUMNS), config.out)
-        return
-    config.check()
-    source = from_model(config.model, config.calibration)
-    with RunFolder(config.out, config, resume=config.resume, inputs=source.inputs) as run:
+def prepare(config: Config) -> Experiment:
+    """Read what real heads are taken from."""
+    source = from_model(config.data.model, config.data.calibration)
+
+    def rows(run: RunFolder) -> list[dict]:
         real = real_heads(config, source)
         rows: list[dict] = []
         for name, data, std, tokens in tqdm(list(plan(config)), unit="point"):
             rows += run.part(name, partial(compute, data, std, tokens, config, real))
-        metrics = run.write_metrics(rows, COLUMNS)
-    report(metrics, config.out)
+        return rows
+
+    return Experiment(rows, source.inputs)
+
+
+def body(config: Config) -> None:
+    """Run, or redraw."""
+    run_experiment(config, prepare, report, COLUMNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,12 @@ from jaxprune.evaluation.comparison import (
     compare,
     compare_algorithm1,
 )
+from jaxprune.evaluation.synthetic import HeadKeys, RandomHead, random_head
 from jaxprune.methods.fused import DECAYS
-from jaxprune.runs import plotting
+from jaxprune.runs import flags, plotting
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
-from jaxprune.runs.script import Flag, check_positive, run_script
+from jaxprune.runs.metrics import Columns
+from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import replacing
 
@@ -87,9 +88,8 @@ class Config:
     """width of the model"""
     n: tuple[int, ...] = (32, 64, 128, 256)
     """tokens of a sequence; the one nearest 128 is used for the other two columns"""
-    lam: tuple[float, ...] = ()
-    """regularisation of Algorithm 1; six decades around the useful ones of each setting if left
-    out"""
+    lam: flags.Several[float] = ()
+    """regularisation of Algorithm 1; if left out, six decades around each setting's useful ones"""
     ratio: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     """fractions removed; the one nearest 0.5 is used for the other two columns"""
     settings: tuple[str, ...] = tuple(SETTINGS)
@@ -98,14 +98,7 @@ class Config:
     """independent draws of weights and activations"""
     steps: int = 300
     """gradient-descent steps of Algorithm 1"""
-    out: Path = Path("runs/synthetic")
-    """folder of the run"""
-    resume: Flag = False
-    """go on with the run in --out"""
-    redraw: Flag = False
-    """only draw figures and tables again from the metrics in --out"""
-    repeat: Path | None = None
-    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+    run: Annotated[flags.Run, flags.RUN] = field(default=flags.Run(out=Path("runs/synthetic")))
 
     memory_flags: ClassVar[str] = "--seeds, --n or --d"
 
@@ -125,7 +118,7 @@ class Config:
             except InputError as error:
                 raise InputError(f"--ratio {ratio}: {error}") from None
         for lam in self.lam:
-            check_positive("--lam", lam)
+            flags.check_positive("--lam", lam)
         for name in self.settings:
             if name not in SETTINGS:
                 raise InputError(f"--settings {name}: expected some of {', '.join(SETTINGS)}")
@@ -172,28 +165,20 @@ def plan(config: Config) -> list[Part]:
     ]
 
 
-@partial(jax.jit, static_argnames=("part", "d"))
 def draw_problem(seed: jax.Array, *, part: Part, d: int) -> FusedProblem:
     """Weights and activations of one seed."""
     setting = SETTINGS[part.setting]
-    keys = jax.random.split(jax.random.key(seed), 5)
-    wq, wk = (jax.random.normal(key, (d, part.k)) for key in keys[:2])
-    x = jax.random.normal(keys[2], (setting.sequences, part.n, d))
-    heldout = jax.random.normal(keys[3], (HELDOUT_SEQUENCES, part.n, d))
-    eigenvalues = jnp.arange(1, d + 1.0) ** -part.exponent
-    covariance = d * eigenvalues / eigenvalues.sum()
-    if part.exponent:
-        rotation, _ = jnp.linalg.qr(jax.random.normal(keys[4], (d, d)))
-        coloured = jnp.sqrt(covariance)[:, None] * rotation.T
-        x, heldout = x @ coloured, heldout @ coloured
-        wq_seen, wk_seen = (jnp.sqrt(covariance)[:, None] * (rotation.T @ w) for w in (wq, wk))
-    else:
-        wq_seen, wk_seen = wq, wk
-    if setting.logits_std is not None:
-        # Variance of the logit of two independent tokens: ‖C^½ W_Q W_Kᵀ C^½‖_F².
-        deviation = jnp.linalg.norm(wq_seen @ wk_seen.T)
-        wq = wq * (setting.logits_std / deviation)
-    return FusedProblem(x=x, x_heldout=heldout, wq=wq, wk=wk)
+    keys = HeadKeys(*jax.random.split(jax.random.key(seed), 5))
+    head = RandomHead(
+        d=d,
+        k=part.k,
+        n=part.n,
+        sequences=setting.sequences,
+        heldout=HELDOUT_SEQUENCES,
+        exponent=part.exponent,
+        logits_std=setting.logits_std,
+    )
+    return random_head(keys if part.exponent else keys._replace(rotation=None), head)
 
 
 def rows_of(
@@ -384,10 +369,8 @@ def _limits(values: pd.Series, *, log: bool) -> tuple[float, float]:
     return low - 0.02, high + 0.02
 
 
-def report(metrics: pd.DataFrame, run_folder: Path) -> None:
-    """Figures, tables as CSV and Markdown, and the tables on the terminal."""
-    figures = run_folder / "figures"
-    figures.mkdir(exist_ok=True)
+def report(metrics: pd.DataFrame, run_folder: Path, figures: Path) -> str:
+    """Figures, and tables as CSV and Markdown."""
     draw(metrics, figures)
     text = []
     for name, title, table in (
@@ -398,40 +381,40 @@ def report(metrics: pd.DataFrame, run_folder: Path) -> None:
             table.to_csv(partial_file, index=False)
         shown = table.to_markdown(index=False, floatfmt=".4g") if len(table) else "(none match)"
         text.append(f"## {title}\n\n{shown}\n")
-    with replacing(run_folder / "tables.md") as partial_file:
-        partial_file.write_text("\n".join(text))
-    print("\n".join(text))
-    print(f"metrics, tables and figures: {run_folder}")
+    return "\n".join(text)
+
+
+def prepare(config: Config) -> Experiment:
+    """The grid of settings."""
+    return Experiment(partial(compute_all, config))
+
+
+def compute_all(config: Config, run: RunFolder) -> list[dict]:
+    """Rows of all parts."""
+    parts = plan(config)
+    rows: list[dict] = []
+    of_base: dict[tuple, list[dict]] = {}
+    total = sum(part.cost for part in parts)
+    form = "{l_bar}{bar}| {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
+    with tqdm(total=total, unit="work", bar_format=form) as bar:
+        for part in parts:
+            bar.set_postfix_str(part.name)
+            curve = (part.setting, part.exponent, part.k)
+            done = run.finished(part.name)
+            pairs = step_sizes(part, config, of_base.get(curve, []))
+            new = run.part(part.name, partial(compute, part, config, pairs))
+            if part.base:
+                of_base[curve] = new
+            rows += new
+            if done:  # read back, not computed: it says nothing about the rate
+                bar.initial += part.cost
+            bar.update(part.cost)
+    return rows
 
 
 def body(config: Config) -> None:
     """Run, or redraw."""
-    if config.redraw:
-        with drawing_again(config.out):
-            report(read_metrics(config.out, COLUMNS), config.out)
-        return
-    config.check()
-    with RunFolder(config.out, config, resume=config.resume) as run:
-        parts = plan(config)
-        rows: list[dict] = []
-        of_base: dict[tuple, list[dict]] = {}
-        total = sum(part.cost for part in parts)
-        form = "{l_bar}{bar}| {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
-        with tqdm(total=total, unit="work", bar_format=form) as bar:
-            for part in parts:
-                bar.set_postfix_str(part.name)
-                curve = (part.setting, part.exponent, part.k)
-                done = run.finished(part.name)
-                pairs = step_sizes(part, config, of_base.get(curve, []))
-                new = run.part(part.name, partial(compute, part, config, pairs))
-                if part.base:
-                    of_base[curve] = new
-                rows += new
-                if done:  # read back, not computed: it says nothing about the rate
-                    bar.initial += part.cost
-                bar.update(part.cost)
-        metrics = run.write_metrics(rows, COLUMNS)
-    report(metrics, config.out)
+    run_experiment(config, prepare, report, COLUMNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

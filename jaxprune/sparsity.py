@@ -76,10 +76,10 @@ class Sparsity:
             return value
         if isinstance(value, str):
             text = value.strip()
-            if match := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text):
+            if match := re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text):
                 return cls(n=int(match[1]), m=int(match[2]))
             try:
-                return cls(float(text))
+                return cls(float(text.encode("ascii")))
             except InputError:
                 raise
             except ValueError:

@@ -46,7 +46,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jaxprune.attention import AttentionForm
 from jaxprune.methods import query_key as factored
 from jaxprune.pipeline.work import advance, movable, start
-from jaxprune.sharding import split_windows, use_mesh, whole
+from jaxprune.sharding import split_windows, use_mesh, gather
 from jaxprune.sparsity import Sparsity
 
 d, heads, groups, k, n, b = 32, 16, 8, 4, 12, 16
@@ -79,8 +79,8 @@ def everything():
         make, settings, state, weights, data, data, context, jax.random.key(0)
     )
     parts.append([local_part(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim == 2])
-    numbers = [whole(a) for a in (value, *gradient, *errors)]
-    kept = [int(whole(mask).sum()) for mask in state.best.keep_masks]
+    numbers = [gather(a) for a in (value, *gradient, *errors)]
+    kept = [int(gather(mask).sum()) for mask in state.best.keep_masks]
     return numbers, parts, kept, float(state.best.error)
 
 
@@ -159,8 +159,8 @@ def test_without_a_mesh_nothing_changes():
         assert sharding.split_columns(tree) is tree
         assert sharding.over_mesh(jnp.sin, *sharding.AXES)(tree["a"]).shape == (4, 4)
     assert sharding.is_writer()
-    assert sharding.agreed(True)
-    assert not sharding.agreed(False)
+    assert sharding.broadcast_flag(True)
+    assert not sharding.broadcast_flag(False)
 
 
 @pytest.mark.parametrize("shape", ["2x4", "1", "0x1", "x", "-1x-1"])
@@ -183,4 +183,4 @@ def test_an_error_of_the_writer_is_the_error():
         raise sharding.InputError("no room")
 
     with pytest.raises(ValueError, match="no room"):
-        sharding.by_writer(fail)
+        sharding.on_process_zero(fail)

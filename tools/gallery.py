@@ -198,7 +198,7 @@ def body(config: Config) -> None:
     if not config.runs.is_dir():
         raise InputError(f"--runs {config.runs}: no such folder")
     figures = config.docs / "figures"
-    check_writable(figures, "--docs")
+    check_writable(figures, "docs")
     for name, entry in ENTRIES.items():
         source = config.runs / entry.source
         if source.is_file():

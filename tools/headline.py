@@ -20,8 +20,9 @@ from typing import Any
 import pandas as pd
 
 from jaxprune.errors import InputError
+from jaxprune.runs.flags import Flag
 from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
-from jaxprune.runs.script import Flag, run_script
+from jaxprune.runs.script import run_script
 from jaxprune.storage import check_writable, read_json, replacing
 
 KEPT = ("metrics.csv", "config.json", "environment.json")
@@ -102,8 +103,8 @@ def _shares_of_wanda(metrics: pd.DataFrame) -> str:
 def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
     """A Markdown table of methods by sparsity, and a sentence on how it was measured."""
     for sparsity, rows_there in metrics.groupby("sparsity"):
-        found = set(rows_there["variant"])
-        missing = [name for name in ("descent", "wanda", "sparsegpt") if name not in found]
+        present = set(rows_there["variant"])
+        missing = [name for name in ("descent", "wanda", "sparsegpt") if name not in present]
         if missing:
             raise InputError(
                 f"--run: no rows of {', '.join(missing)} at sparsity {sparsity} in its metrics; "
@@ -172,7 +173,7 @@ def body(config: Config) -> None:
     for name in KEPT:
         if not (config.run / name).is_file():
             raise InputError(f"--run {config.run}: has no {name}")
-    check_writable(config.saved, "--saved")
+    check_writable(config.saved, "saved")
     if config.run.resolve() != config.saved.resolve():
         for name in KEPT:
             shutil.copyfile(config.run / name, config.saved / name)

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,10 @@ from jaxprune.evaluation import perplexity
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import write_new
 from jaxprune.models.llama.losses import window_losses
-from jaxprune.runs.folder import RunFolder, configuration
-from jaxprune.runs.script import Flag, run_script
+from jaxprune.runs import flags
+from jaxprune.runs.configuration import Group, configuration, flat
+from jaxprune.runs.folder import RunFolder
+from jaxprune.runs.script import run_script
 from jaxprune.storage import new_folder, read_arrays, replacing, write_json
 from jaxprune.text.tokenizer import Tokenizer
 from jaxprune.text.windows import evaluation_windows
@@ -47,6 +49,21 @@ _SHARED = 40  # characters from which on a paragraph may not occur in two texts
 _STATE = "state.npz"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(Group):
+    """The model's depth, and windows of text."""
+
+    seqlen: int = 256
+    """tokens of a window"""
+    layers: int = 6
+    """blocks"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(flags.Repeat, flags.Folder, flags.Seed):
+    """A training run; the model appears in its subfolder zoo."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ZooConfig:
     """Train the embedded tiny Llama.
@@ -54,34 +71,25 @@ class ZooConfig:
     Example: python tools/train_zoo.py --out runs/zoo --resume
     """
 
-    out: Path = Path("runs/zoo")
-    """Folder of the run; the model appears in its subfolder zoo."""
-    resume: Flag = False
-    """Continue an interrupted run; it ends with the same weights."""
     steps: int = 1500
-    """Optimiser steps."""
-    batch: int = 16
-    """Windows a step."""
-    seqlen: int = 256
-    """Tokens of a window."""
-    layers: int = 6
-    """Blocks."""
+    """optimiser steps"""
     learning_rate: float = 3e-3
-    """Peak of the cosine schedule."""
+    """peak of the cosine schedule"""
     warmup: int = 100
-    """Steps of linear warm-up."""
+    """steps of linear warm-up"""
     weight_decay: float = 0.1
-    """Of AdamW; norms do not decay."""
+    """of AdamW; norms do not decay"""
     evaluation_characters: int = 80_000
-    """Least size of the text kept for perplexity."""
+    """least size of the text kept for perplexity"""
     calibration_characters: int = 180_000
-    """Least size of the text kept for calibration."""
+    """least size of the text kept for calibration"""
     save_every: int = 100
-    """Steps between saved states."""
-    seed: int = 0
-    """Of weights and windows."""
-    repeat: Path | None = None
-    """Folder of a finished run to repeat in a new --out, with its settings, and to compare with."""
+    """steps between saved states"""
+    data: Annotated[Data, flags.MODEL_AND_TEXT] = Data()
+    devices: Annotated[flags.Batch, flags.DEVICES_AND_MEMORY] = dataclasses.field(
+        default=flags.Batch(batch=16)
+    )
+    run: Annotated[Run, flags.RUN] = Run(out=Path("runs/zoo"))
 
     memory_flags: ClassVar[str] = "--batch or --seqlen"
 
@@ -89,10 +97,11 @@ class ZooConfig:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""
         least = {"steps": 1, "batch": 1, "seqlen": 2, "layers": 1, "save_every": 1, "warmup": 0}
         least |= {"evaluation_characters": 1, "calibration_characters": 1, "seed": 0}
+        values = flat(self)
         for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {getattr(self, name)}: expected {smallest} or more")
+            if values[name] < smallest:
+                flag = flags.flag_of(name)
+                raise InputError(f"{flag} {values[name]}: expected {smallest} or more")
         if self.warmup >= self.steps:
             raise InputError(f"--warmup {self.warmup}: expected fewer than --steps {self.steps}")
         if not 0 < self.learning_rate < float("inf"):
@@ -204,10 +213,10 @@ def optimiser(config: ZooConfig) -> optax.GradientTransformation:
 
 def batch_of(config: ZooConfig, ids: np.ndarray, bos: int, step: int) -> np.ndarray:
     """Random crops for one step; half of them start with a BOS in place of their first token."""
-    draw = np.random.default_rng((config.seed, step))
-    starts = draw.integers(0, len(ids) - config.seqlen, config.batch)
-    windows = ids[starts[:, None] + np.arange(config.seqlen)]
-    windows[: config.batch // 2, 0] = bos
+    draw = np.random.default_rng((config.run.seed, step))
+    starts = draw.integers(0, len(ids) - config.data.seqlen, config.devices.batch)
+    windows = ids[starts[:, None] + np.arange(config.data.seqlen)]
+    windows[: config.devices.batch // 2, 0] = bos
     return windows
 
 
@@ -215,9 +224,9 @@ def check_lengths(config: ZooConfig, tokenizer: Tokenizer, texts: dict[str, str]
     """Raise ``InputError`` where a text has no whole window, before anything is trained on it."""
     for split, text in texts.items():
         count = len(tokenizer.encode(text))
-        if count <= config.seqlen:
+        if count <= config.data.seqlen:
             raise InputError(
-                f"--seqlen {config.seqlen}: the {split} text has {count} tokens; lower it, or "
+                f"--seqlen {config.data.seqlen}: the {split} text has {count} tokens; lower it, or "
                 "change --evaluation-characters or --calibration-characters"
             )
 
@@ -233,8 +242,8 @@ def read_state(state: Path, carry: Any, steps: int) -> tuple[Any, list[float]]:
     leaves, form = jax.tree.flatten(carry)
     expected = {f"leaf{i}": (leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)}
     losses = saved.pop("losses", np.zeros(()))
-    found = {name: (array.shape, array.dtype) for name, array in saved.items()}
-    if found != expected or losses.ndim != 1 or not 0 < len(losses) <= steps:
+    stored = {name: (array.shape, array.dtype) for name, array in saved.items()}
+    if stored != expected or losses.ndim != 1 or not 0 < len(losses) <= steps:
         raise InputError(f"{state}: not the state of this training; {remedy}")
     return jax.tree.unflatten(form, [jnp.asarray(saved[name]) for name in expected]), [*losses]
 
@@ -300,26 +309,30 @@ def ngram_perplexities(train_ids: np.ndarray, windows: np.ndarray, size: int) ->
 def build(config: ZooConfig) -> None:
     """Collect text, train tokenizer and model, write the model's folder."""
     config.check()
-    with RunFolder(config.out, config, resume=config.resume) as run:
+    with RunFolder(config.run.out, config, resume=config.run.resume) as run:
         if (run.path / "zoo" / "README.md").exists():  # the folder appears whole
             print(f"{run.path / 'zoo'}: finished already")
             return
         texts = split_texts(config)
         with new_folder(run.path / "zoo") as folder:
-            train_tokenizer(texts["training"], folder, config.seqlen)
+            train_tokenizer(texts["training"], folder, config.data.seqlen)
             settings = llama.LlamaConfig(
                 vocab_size=1024,
                 hidden_size=128,
                 intermediate_size=352,
-                num_hidden_layers=config.layers,
+                num_hidden_layers=config.data.layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 head_dim=32,
                 rms_norm_eps=1e-5,
                 tie_word_embeddings=True,
             )
-            model = llama.Llama(settings, key=jax.random.key(config.seed))
-            more = {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": config.seqlen}
+            model = llama.Llama(settings, key=jax.random.key(config.run.seed))
+            more = {
+                "bos_token_id": 0,
+                "eos_token_id": 1,
+                "max_position_embeddings": config.data.seqlen,
+            }
             tokenizer = Tokenizer(folder, settings.vocab_size)
             check_lengths(config, tokenizer, texts)
             ids = tokenizer.encode(texts["training"])
@@ -337,7 +350,7 @@ def card(config: ZooConfig, folder: Path, texts: dict[str, str], ids: np.ndarray
     model = llama.load(folder)
     tokenizer = Tokenizer(folder, model.config.vocab_size)
     text = str(folder / "evaluation.txt")
-    windows = evaluation_windows(text, tokenizer, seqlen=config.seqlen)
+    windows = evaluation_windows(text, tokenizer, seqlen=config.data.seqlen)
     report = perplexity.evaluate(model, windows)
     rivals = ngram_perplexities(ids, windows.tokens, model.config.vocab_size)
     sizes = {

@@ -17,16 +17,17 @@ For example::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import tyro
 from matplotlib.colors import LogNorm
 from tqdm import tqdm
 
@@ -43,10 +44,13 @@ from jaxprune.evaluation.comparison import (
     search_algorithm1,
 )
 from jaxprune.evaluation.heads import Layers, fitting_heads, from_file, from_model
-from jaxprune.runs import plotting
+from jaxprune.models import llama
+from jaxprune.models.llama.checkpoint import context_note
+from jaxprune.runs import flags, plotting
+from jaxprune.runs.configuration import Group, flat
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
-from jaxprune.runs.script import Flag, run_script
+from jaxprune.runs.metrics import Columns
+from jaxprune.runs.script import Experiment, notice, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import read_arrays, replacing, write_arrays, write_json
 
@@ -61,6 +65,35 @@ EXAMPLE_METHODS = (ALGORITHM1, "descent", "wanda")
 EXAMPLE_TOKENS = 48
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data(flags.Dtype, flags.HeldoutWindows):
+    """A model and windows of text, or a layer in a file."""
+
+    model: flags.Maybe[str] = None
+    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub; this or --input"""
+    layers: flags.Several[int] = ()
+    """layers of the model, counted from 0; if left out, all"""
+    heads: flags.Maybe[int] = None
+    """only the first heads of each layer; if left out, all"""
+    input: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            help="instead of a model, an .npz with the arrays of one layer: x [b, n, d], wq "
+            "[d, heads, k], wk [d, kv_heads, k], and x_heldout [c, m, d] (without it, the last "
+            "quarter of the sequences is held out)",
+            help_behavior_hint="",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadBatch(Group):
+    """How much is computed at once."""
+
+    head_batch: flags.Maybe[int] = None
+    """heads pruned together; if left out, as many as half of the free memory holds"""
+
+
 @dataclass(frozen=True)
 class Config:
     """Relative attention error of every head against the ratio, held-out beside calibration.
@@ -68,58 +101,40 @@ class Config:
     Example: jaxprune heads --model zoo --calibration zoo --out runs/zoo_heads
     """
 
-    model: str | None = None
-    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub"""
-    calibration: str = "zoo"
-    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper"""
-    windows: int | None = None
-    """windows to calibrate on; 128, or as the preset says"""
-    seqlen: int | None = None
-    """tokens of a window, a BOS included; 256, or as the preset says"""
-    heldout: int | None = None
-    """windows after those, for held-out errors; 16, or as the preset says"""
-    layers: tuple[int, ...] = ()
-    """layers of the model, counted from 0; all if left out"""
-    heads: int | None = None
-    """only the first heads of each layer; all if left out"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """type of the model's weights and activations; pruning is float32"""
-    input: Path | None = None
-    """instead of a model, an .npz with the arrays of one layer: x [b, n, d], wq [d, heads, k],
-    wk [d, kv_heads, k], and x_heldout [c, m, d] (without it, the last quarter of the sequences is
-    held out)"""
     ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
     """fractions removed"""
     methods: tuple[str, ...] = SHOWN
     """algorithm1, wanda, sparsegpt, fused_magnitude, ranking, descent"""
-    head_batch: int | None = None
-    """heads pruned together; as many as half of the free memory holds if left out"""
     steps: int = 300
     """gradient-descent steps of Algorithm 1"""
     batch_size: int = 4
     """sequences of a step of Algorithm 1"""
-    descent_steps: int | None = None
-    """steps of the preset descent; the preset's if left out"""
-    example: tuple[int, int] | None = None
-    """layer and head whose attention matrices are drawn (Figure 1); the first head of the middle
-    layer if left out"""
-    seed: int = 0
-    """of windows drawn from C4"""
-    out: Path = Path("runs/llama_heads")
-    """folder of the run"""
-    resume: Flag = False
-    """go on with the run in --out"""
-    redraw: Flag = False
-    """only draw figures and tables again from the metrics in --out"""
-    repeat: Path | None = None
-    """folder of a finished run to repeat in a new --out, with its settings, and to compare with"""
+    descent_steps: flags.Maybe[int] = None
+    """steps of the preset descent; if left out, the preset's"""
+    example: Annotated[
+        tuple[int, int] | None,
+        tyro.conf.arg(
+            help="layer and head whose attention matrices are drawn (Figure 1); if left out, the "
+            "first head of the middle layer",
+            help_behavior_hint="",
+        ),
+    ] = None
+    data: Annotated[Data, flags.MODEL_AND_TEXT] = Data()
+    devices: Annotated[HeadBatch, flags.DEVICES_AND_MEMORY] = HeadBatch()
+    run: Annotated[flags.SeededRun, flags.RUN] = field(
+        default=flags.SeededRun(out=Path("runs/llama_heads"))
+    )
 
     memory_flags: ClassVar[str] = "--head-batch, --windows or --batch-size"
 
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""
-        if (self.input is None) == (self.model is None):
+        data = self.data
+        if (data.input is None) == (data.model is None):
             raise InputError("--model or --input: expected one of them, see --help")
+        # Runs that were begun when such flags were accepted go on.
+        if data.input is not None and not self.run.resume and self.run.repeat is None:
+            self._check_of_a_file()
         for ratio in self.ratios:
             try:
                 Sparsity(ratio)
@@ -130,10 +145,20 @@ class Config:
                 raise InputError(f"--methods {method}: expected some of {', '.join(SHOWN)}")
         if not self.ratios or not self.methods:
             raise InputError("--ratios and --methods: expected at least one value")
+        values = flat(self)
         for name in ("heads", "head_batch", "steps", "batch_size", "descent_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')}: expected 1 or more")
+            if values[name] is not None and values[name] < 1:
+                raise InputError(f"{flags.flag_of(name)}: expected 1 or more")
+
+    def _check_of_a_file(self) -> None:
+        """Raise ``InputError`` for flags that say what to take of a model."""
+        standing = flat(Data())
+        for name, value in flat(self.data).items():
+            if name not in ("model", "input", "heads") and value != standing[name]:
+                raise InputError(
+                    f"{flags.flag_of(name)}: has no effect with --input, which holds one layer "
+                    "with its activations; leave it out"
+                )
 
     @property
     def middle(self) -> float:
@@ -146,29 +171,33 @@ class Config:
         Raises:
           InputError: nothing usable there, or no such layer or head.
         """
-        if self.model is None:
-            assert self.input is not None
-            found = from_file(self.input)
+        data = self.data
+        if data.model is None:
+            assert data.input is not None
+            try:
+                result = from_file(data.input)
+            except InputError as error:
+                raise InputError(f"--input {error}") from None
         else:
-            found = from_model(
-                self.model,
-                self.calibration,
-                windows=self.windows,
-                seqlen=self.seqlen,
-                heldout=self.heldout,
-                layers=self.layers,
-                seed=self.seed,
-                dtype=self.dtype,
+            result = from_model(
+                data.model,
+                data.calibration,
+                windows=data.windows,
+                seqlen=data.seqlen,
+                heldout=data.heldout,
+                layers=data.layers,
+                seed=self.run.seed,
+                dtype=data.dtype,
             )
-        if self.heads is not None:
-            found = replace(found, heads=min(self.heads, found.heads))
-        layer, head = self.example_of(found)
-        if layer not in found.indices or not 0 <= head < found.heads:
+        if data.heads is not None:
+            result = replace(result, heads=min(data.heads, result.heads))
+        layer, head = self.example_of(result)
+        if layer not in result.indices or not 0 <= head < result.heads:
             raise InputError(
-                f"--example {layer} {head}: expected one of the layers {found.indices} and a head "
-                f"below {found.heads}"
+                f"--example {layer} {head}: expected one of the layers {result.indices} and a head "
+                f"below {result.heads}"
             )
-        return found
+        return result
 
     def example_of(self, source: Layers) -> tuple[int, int]:
         """Layer and head of Figure 1."""
@@ -218,7 +247,7 @@ class Part:
 def plan(config: Config, source: Layers, layer: int, method: str) -> list[Part]:
     """Parts of a method in a layer."""
     ratios = tuple(ratios_of(method, config, source))
-    together = config.head_batch or fitting_heads(source, len(ratios))
+    together = config.devices.head_batch or fitting_heads(source, len(ratios))
     return [
         Part(layer, method, range(start, min(start + together, source.heads)), ratios)
         for start in range(0, source.heads, together)
@@ -450,10 +479,8 @@ def draw_example(arrays: dict[str, np.ndarray]) -> plt.Figure:
     return figure
 
 
-def report(metrics: pd.DataFrame, folder: Path) -> None:
+def report(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
     """Figures and tables."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
     plotting.save(draw_curves(metrics), figures, "figure3")
     plotting.save(draw_map(metrics), figures, "heads")
     if (folder / EXAMPLE).exists():
@@ -472,21 +499,17 @@ def report(metrics: pd.DataFrame, folder: Path) -> None:
     ):
         shown = table.to_markdown(index=False, floatfmt=".4g") if len(table) else "(none match)"
         text.append(f"## {title}\n\n{shown}\n")
-    with replacing(folder / "tables.md") as partial_file:
-        partial_file.write_text("\n".join(text))
-    print("\n".join(text))
-    print(f"metrics, tables, figures and keep masks: {folder}")
+    return "\n".join(text)
 
 
-def body(config: Config) -> None:
-    """Run, or redraw."""
-    if config.redraw:
-        with drawing_again(config.out):
-            report(read_metrics(config.out, COLUMNS), config.out)
-        return
-    config.check()
+def prepare(config: Config) -> Experiment:
+    """Read what the heads are taken from."""
     source = config.source()
-    with RunFolder(config.out, config, resume=config.resume, inputs=source.inputs) as run:
+    if config.data.model is not None:
+        seqlen = source.protocol["calibration"]["seqlen"]
+        notice(context_note(llama.locate(config.data.model), seqlen))
+
+    def rows(run: RunFolder) -> list[dict[str, Any]]:
         write_json(run.path / "protocol.json", source.protocol)
         rows: list[dict[str, Any]] = []
         total = sum(
@@ -502,8 +525,14 @@ def body(config: Config) -> None:
 
             for layer, problems in source.read():
                 rows += compute_layer(run, problems, layer, config, source, advance)
-        metrics = run.write_metrics(rows, COLUMNS)
-    report(metrics, config.out)
+        return rows
+
+    return Experiment(rows, source.inputs)
+
+
+def body(config: Config) -> None:
+    """Run, or redraw."""
+    run_experiment(config, prepare, report, COLUMNS)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "jaxprune heads") -> int:

@@ -1,8 +1,9 @@
 """Prune a Llama checkpoint and write one that ``transformers`` opens.
 
 ``descent`` (the default) keeps what the attention matrices of every layer compute, positions and
-grouped heads included; magnitude, Wanda and SparseGPT go through the same pipeline. ``--targets
-qk`` prunes W_Q and W_K, ``all`` the seven linear maps of every block, on the block's output.
+grouped heads included: the closed form of ``gauss-newton`` first, then kept weights adapt.
+Baselines go through the same pipeline. ``--targets qk`` prunes W_Q and W_K, ``all`` the seven
+linear maps of every block.
 
 For example::
 
@@ -13,94 +14,156 @@ For example::
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+import tyro
 from tqdm import tqdm
 
-from jaxprune.pipeline import Progress, prune_checkpoint
-from jaxprune.runs.script import Flag, run_script
-from jaxprune.sharding import connect, is_writer
+from jaxprune.errors import InputError
+from jaxprune.pipeline import METHODS, Progress, prune_checkpoint
+from jaxprune.pipeline.checkpoint import modernised
+from jaxprune.runs import flags
+from jaxprune.runs.configuration import flat
+from jaxprune.runs.script import notice, run_script
+from jaxprune.sharding import check_mesh, connect, is_writer
+from jaxprune.storage import work_folder
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(flags.Dtype, flags.HeldoutWindows, flags.Model):
+    """The model, and windows of text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(flags.Repeat, flags.Seed):
+    """Where the new checkpoint goes."""
+
+    out: Path
+    """folder of the new checkpoint; must not exist"""
+    resume: flags.Flag = False
+    """go on with the interrupted run with the same --out and settings"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Prune a Llama checkpoint and write one that transformers opens.
 
     Example: jaxprune prune --model zoo --sparsity 0.7 --out pruned
     """
 
-    out: Path
-    """folder of the new checkpoint; must not exist"""
-    model: str = "zoo"
-    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub"""
-    calibration: str = "zoo"
-    """zoo, a text file (.txt, .jsonl, .json.gz), c4, wikitext2, or a preset: standard, paper"""
-    windows: int | None = None
-    """windows to calibrate on; 128, or as the preset says"""
-    seqlen: int | None = None
-    """tokens of a window, a BOS included; 256, or as the preset says"""
-    heldout: int | None = None
-    """windows after those, for held-out attention errors; 16, or as the preset says"""
-    method: str = "descent"
-    """magnitude, wanda, sparsegpt, gauss-newton (closed form), or descent, which goes on from it"""
-    targets: str = "qk"
+    method: Annotated[
+        str,
+        tyro.conf.arg(
+            help=f"{', '.join(METHODS)}: gauss-newton is the closed form, descent goes on from it"
+        ),
+    ] = "descent"
+    targets: Literal["qk", "all"] = "qk"
     """qk (W_Q and W_K) or all (the seven linear maps of a block)"""
     sparsity: str = "0.5"
     """fraction removed, or N:M along the inputs: 2:4 keeps 2 of every 4"""
-    refit: bool | None = None
-    """let kept weights adapt block by block; if left out, with descent alone. Descent without it
-    leaves them as they were under its mask"""
-    start: str = "gauss-newton"
-    """what descent goes on from: the closed form (gauss-newton), or dense weights, from which it
-    finds the mask itself in many more steps (dense)"""
+    refit: flags.Flag = False
+    """after any method, let kept weights adapt block by block, as descent does"""
+    no_refit: flags.Flag = False
+    """descent leaves kept weights as they were, under its mask"""
+    start: Literal["gauss-newton", "dense"] = "gauss-newton"
+    """what descent goes on from: the closed form, or dense weights, from which it finds the mask
+    itself in many more steps"""
+    allocate: Literal["matrix", "block", "model"] = "matrix"
+    """what shares the budget of zeros: matrix (each loses --sparsity), block or model (all of them
+    together lose it, where the predictions feel it least)"""
+    lowest: float = 0.0
+    """least fraction that a matrix loses where a budget is shared"""
+    highest: float = 0.95
+    """greatest fraction that a matrix loses where a budget is shared"""
     propagate: bool = True
     """calibrate on the model pruned so far; else every layer on the dense one"""
-    steps: int | None = None
-    """steps of the descent in every block; the preset's if left out"""
-    distill: int | None = None
-    """steps of distillation from the dense model at the end, of all kept weights together; if left
-    out, 300 after descent in models of up to 100 million parameters, else none"""
-    batch: int = 8
-    """windows at once in forward passes; lower it if memory runs out"""
-    seed: int = 0
-    """of the descent's batches and of windows drawn from C4"""
-    resume: Flag = False
-    """go on with an interrupted run with the same --out"""
-    repeat: Path | None = None
-    """folder of a pruned checkpoint to make again in --out, with its settings, and to compare"""
-
-    dtype: str = "float32"
-    """of the model's weights and activations, float32 or bfloat16; softmax, sums, masks and the
-    weights that a descent moves are float32"""
-    mesh: str | None = None
-    """SxH, devices along sequences and heads; if left out, all there are, heads first"""
-    coordinator: str | None = None
-    """host:port of process 0 where several processes share the work, or auto on a cluster that
-    JAX knows; --out must then be on a file system they all see"""
-    processes: int | None = None
-    """how many"""
-    process: int | None = None
-    """which one this is, from 0; process 0 writes"""
+    steps: flags.Maybe[int] = None
+    """steps of the descent in every block; if left out, the preset's"""
+    distill: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="steps of distillation from the dense model at the end, of all kept weights "
+            "together; if left out, 300 after descent in models of up to 100 million parameters, "
+            "else none",
+            help_behavior_hint="",
+        ),
+    ] = None
+    data: Annotated[Data, flags.MODEL_AND_TEXT] = Data()
+    devices: Annotated[flags.Devices, flags.DEVICES_AND_MEMORY] = dataclasses.field(
+        default=flags.Devices()
+    )
+    run: Annotated[Run, flags.RUN]
 
     memory_flags: ClassVar[str] = "--batch, --windows or --seqlen"
+    earlier: ClassVar[Mapping[str, Any]] = {"start": "dense"}
+
+    @property
+    def records(self) -> tuple[Path, ...]:
+        """Folders in which the settings of this run may be recorded."""
+        return self.run.out, work_folder(self.run.out)
+
+    @staticmethod
+    def modernised(record: Mapping[str, Any]) -> dict[str, Any]:
+        """A recorded configuration in the flags of this version."""
+        record = modernised(record)
+        refit = record.get("refit")
+        return record | {"refit": refit is True, "no_refit": refit is False}
+
+    def check_used(self) -> None:
+        """Raise ``InputError`` for flags without an effect on this method.
+
+        Not for runs that were begun when they were accepted.
+        """
+        if self.run.resume or self.run.repeat is not None:
+            return
+        descends = self.method == "descent" or self.refit
+        used = {
+            "steps": descends or self.steps is None,
+            "no_propagate": self.propagate or (self.targets == "qk" and self.uses_attention),
+            "start": self.method == "descent" or self.start == "gauss-newton",
+        }
+        for name, fine in used.items():
+            if not fine:
+                raise InputError(
+                    f"{flags.flag_of(name)}: has no effect on {self.method}; leave it out"
+                )
+
+    @property
+    def uses_attention(self) -> bool:
+        """Whether the method looks at attention, on the pruned model or on the dense one."""
+        return self.method in ("descent", "gauss-newton") or self.refit
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of ``prune_checkpoint``."""
+        if self.refit and self.no_refit:
+            raise InputError("--refit and --no-refit: expected one of them")
+        self.check_used()
+        named = flat(self)
+        for name in ("coordinator", "coordinator_timeout", "processes", "process", "no_refit"):
+            del named[name]
+        return named | {"refit": True if self.refit else False if self.no_refit else None}
 
 
 def body(config: Config) -> None:
     """Connect to the other processes, prune, say what came of it."""
-    connect(config.coordinator, config.processes, config.process)
-    with tqdm(unit="chunk", disable=not is_writer()) as bar:
+    arguments, devices = config.arguments(), config.devices
+    connect(devices.coordinator, devices.processes, devices.process, devices.coordinator_timeout)
+    check_mesh(devices.mesh)
+    bars: list[tqdm] = []
 
-        def progress(where: Progress) -> None:
-            bar.total = where.total
-            bar.set_postfix_str(where.doing)
-            bar.update(where.done - bar.n)
+    def progress(where: Progress) -> None:
+        if not bars:  # not before all is checked: an error is one line
+            bars.append(tqdm(total=where.total, unit="chunk", disable=not is_writer()))
+        bars[0].set_postfix_str(where.doing)
+        bars[0].update(where.done - bars[0].n)
 
-        named = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        for name in ("coordinator", "processes", "process"):
-            del named[name]
-        report = prune_checkpoint(**named, announce=bar.write, progress=progress)
+    try:
+        report = prune_checkpoint(**arguments, announce=print, warn=notice, progress=progress)
+    finally:
+        for bar in bars:
+            bar.close()
     print(f"{report.out}: finished already" if report.seconds is None else report)
 
 

@@ -10,14 +10,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from jaxprune.attention import check_finite
+from jaxprune.attention import check_finite, contract
 from jaxprune.errors import InputError
 from jaxprune.evaluation.comparison import FusedProblem
 from jaxprune.evaluation.fused_llama import check_fusable
@@ -27,7 +29,7 @@ from jaxprune.models.llama.files import checkpoint_hashes
 from jaxprune.models.llama.modeling import BlockWeights, attention_form
 from jaxprune.storage import hashes, read_arrays
 from jaxprune.text.tokenizer import Tokenizer
-from jaxprune.text.windows import calibration_windows
+from jaxprune.text.windows import calibration_windows, check_sizes
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def from_model(
 
     Args:
       model: ``zoo``, a Hugging Face folder, a GGUF file, or a repository of the hub.
-      calibration: text, see ``data.calibration_windows``, as are the next three.
+      calibration: text, see ``text.windows.calibration_windows``, as are the next three.
       windows: to calibrate on.
       seqlen: tokens of a window.
       heldout: windows to judge by.
@@ -101,15 +103,14 @@ def from_model(
       InputError: the model or text cannot be read, there is no such layer, nothing held out, or
         attention that fused weights do not describe.
     """
+    check_sizes(windows, seqlen)
+    if heldout is not None and heldout < 1:
+        raise InputError(f"heldout {heldout}: expected 1 or more")
     folder = llama.locate(model)
     config = llama.load_config(folder)
     check_fusable(config)
     blocks = config.num_hidden_layers
-    wrong = [layer for layer in layers if not 0 <= layer < blocks]
-    if wrong:
-        raise InputError(f"--layers {wrong[0]}: the model has blocks 0 to {blocks - 1}")
-    if heldout is not None and heldout < 1:
-        raise InputError(f"--heldout {heldout}: expected 1 or more")
+    _check_layers(layers, config)
     tokenizer = Tokenizer(folder, config.vocab_size)
     fit, fresh = calibration_windows(
         calibration, tokenizer, windows=windows, seqlen=seqlen, heldout=heldout, seed=seed
@@ -139,6 +140,59 @@ def from_model(
     )
 
 
+class FusedHeads:
+    """Fused heads of a model on the first window of a text; RoPE left out, as in the paper.
+
+    Attributes:
+      config: of the model.
+      inputs: hashes of what was read, for ``RunFolder``.
+
+    Args:
+      model: ``zoo``, a Hugging Face folder, or a repository of the hub.
+      calibration: text, see ``text.windows.calibration_windows``.
+      seqlen: tokens of the window.
+      layers: that heads will be asked for.
+
+    Raises:
+      InputError: the model or text cannot be read, or there is no such layer.
+    """
+
+    def __init__(
+        self, model: str, calibration: str, *, seqlen: int, layers: Sequence[int] = ()
+    ) -> None:
+        check_sizes(1, seqlen)
+        folder = llama.locate(model)
+        self.config = llama.load_config(folder)
+        _check_layers(layers, self.config)
+        windows, _ = calibration_windows(
+            calibration,
+            Tokenizer(folder, self.config.vocab_size),
+            windows=1,
+            seqlen=seqlen,
+            heldout=0,
+        )
+        self._model, self._tokens = llama.load(folder, "float32"), jnp.asarray(windows.tokens)
+        self.inputs = {"model": checkpoint_hashes(folder), "calibration": windows.hashes()}
+
+    def heads(self, layer: int) -> tuple[Float[Array, "h 1 n d"], Float[Array, "h d d"]]:
+        """Activations, and ``W = W_Q W_Kᵀ/√k`` of every query head."""
+        x = next(islice(attention_inputs(self._model, self._tokens), layer, None))
+        weights = self._model.block_weights(layer)
+        wq, wk = (
+            w.reshape(x.shape[-1], -1, self.config.head_dim) for w in (weights.wq, weights.wk)
+        )
+        wk = jnp.repeat(wk, wq.shape[1] // wk.shape[1], axis=1)
+        w = contract("dhk,ehk->hde", wq, wk) / np.sqrt(self.config.head_dim)
+        return jnp.broadcast_to(x, (w.shape[0], *x.shape)), w
+
+
+def _check_layers(layers: Sequence[int], config: llama.LlamaConfig) -> None:
+    last = config.num_hidden_layers - 1
+    wrong = [layer for layer in layers if not 0 <= layer <= last]
+    if wrong:
+        raise InputError(f"layers {wrong[0]}: the model has blocks 0 to {last}")
+
+
 def of_block(
     weights: BlockWeights, config: llama.LlamaConfig, x: jax.Array, x_heldout: jax.Array
 ) -> FusedProblem:
@@ -146,13 +200,13 @@ def of_block(
 
     They are those of tokens at one position: no rotation, but the factor of yarn's scaling.
     """
-    wide = partial(jnp.asarray, dtype=jnp.float32)
+    upcast = partial(jnp.asarray, dtype=jnp.float32)
     wq, wk = (
-        wide(w).reshape(config.hidden_size, -1, config.head_dim) for w in (weights.wq, weights.wk)
+        upcast(w).reshape(config.hidden_size, -1, config.head_dim) for w in (weights.wq, weights.wk)
     )
     factor = attention_form(weights, config).rope_factor
     wq = wq if factor is None else wq * factor**2
-    return FusedProblem.of_layer(wide(x), wide(x_heldout), wq, wk)
+    return FusedProblem.of_layer(upcast(x), upcast(x_heldout), wq, wk)
 
 
 def read_layer(path: Path) -> FusedProblem:
@@ -162,26 +216,23 @@ def read_layer(path: Path) -> FusedProblem:
       InputError: no such file, not an ``.npz``, a missing array, shapes that do not match, too few
         sequences to hold some out, or values that are not finite.
     """
-    try:
-        found = read_arrays(path, "expected x, wq, wk as in --help")
-    except InputError as error:
-        raise InputError(f"--input {error}") from None
-    kinds = {name: array.dtype.kind for name, array in found.items()}
+    stored = read_arrays(path, "expected the arrays x, wq and wk")
+    kinds = {name: array.dtype.kind for name, array in stored.items()}
     if not set(kinds.values()) <= set("fiub"):
         name = next(name for name, kind in kinds.items() if kind not in "fiub")
-        raise InputError(f"--input {path}: {name} does not hold real numbers")
+        raise InputError(f"{path}: {name} does not hold real numbers")
     with np.errstate(over="ignore"):  # what does not fit is infinite, and refused as such
-        arrays = {name: array.astype(np.float32) for name, array in found.items()}
+        arrays = {name: array.astype(np.float32) for name, array in stored.items()}
     missing = sorted({"x", "wq", "wk"} - arrays.keys())
     if missing:
-        raise InputError(f"--input {path}: no array named {', '.join(missing)}")
+        raise InputError(f"{path}: no array named {', '.join(missing)}")
     x, wq, wk = (arrays[name] for name in ("x", "wq", "wk"))
     x = x[None] if x.ndim == 2 else x
     heldout = arrays.get("x_heldout")
     if heldout is None:
         quarter = len(np.atleast_1d(x)) // 4
         if not quarter:
-            raise InputError(f"--input {path}: no x_heldout, and x has fewer than 4 sequences")
+            raise InputError(f"{path}: no x_heldout, and x has fewer than 4 sequences")
         print(f"no x_heldout: the last {quarter} of {x.shape[0]} sequences are held out")
         x, heldout = x[:-quarter], x[-quarter:]
     heldout = heldout[None] if heldout.ndim == 2 else heldout
@@ -201,13 +252,13 @@ def _check_layer(
         or wq.shape[1] % wk.shape[1]
     ):
         raise InputError(
-            f"--input {path}: shapes do not match: {shapes}; expected x [b, n, d], "
+            f"{path}: shapes do not match: {shapes}; expected x [b, n, d], "
             "wq [d, heads, k], wk [d, kv_heads, k] with kv_heads dividing heads"
         )
     try:
         check_finite(x=x, x_heldout=heldout, wq=wq, wk=wk)
     except InputError as error:
-        raise InputError(f"--input {path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def available_memory() -> int:

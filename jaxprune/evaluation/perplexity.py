@@ -28,7 +28,7 @@ def evaluate(
 
     Args:
       model: computes in its own type; the cross-entropy is float32.
-      windows: of ``data.evaluation_windows``; each is scored on its own.
+      windows: of ``text.windows.evaluation_windows``; each is scored on its own.
       batch: windows at once.
       losses: mean cross-entropy of every window, for a model computed in another way;
         ``window_losses`` if ``None``.
@@ -62,7 +62,7 @@ def divergence(model: Llama, reference: Llama, windows: Windows, *, batch: int =
     Args:
       model: what is judged.
       reference: the dense model.
-      windows: of ``data.evaluation_windows``.
+      windows: of ``text.windows.evaluation_windows``.
       batch: windows at once.
     """
     return _mean(
@@ -73,6 +73,12 @@ def divergence(model: Llama, reference: Llama, windows: Windows, *, batch: int =
     )
 
 
+def check_batch(batch: int) -> None:
+    """Raise ``InputError`` for a batch of no windows."""
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, not {batch}")
+
+
 def _mean(
     windows: Int[np.ndarray, "w n"],
     measure: Callable[[Array], Float[Array, " b"]],
@@ -80,14 +86,13 @@ def _mean(
     name: str,
 ) -> float:
     """Mean over windows of what ``measure`` gives for each, batch by batch."""
-    if batch < 1:
-        raise InputError(f"--batch must be at least 1, not {batch}")
+    check_batch(batch)
     count = windows.shape[0]
     batch = min(batch, count)
-    found = np.zeros(count)
+    means = np.zeros(count)
     for start in tqdm(range(0, count, batch), desc=name, unit="batch", leave=False):
         # The last batch is filled up with windows from its front, for one compiled program.
         rows = np.arange(start, start + batch) % count
         computed = np.asarray(measure(jnp.asarray(windows[rows])))
-        found[start : start + batch] = computed[: count - start]
-    return float(found.mean())
+        means[start : start + batch] = computed[: count - start]
+    return float(means.mean())

@@ -101,7 +101,7 @@ def prune_query_key_on(
     moments: QueryKeyMoments,
     wq: Float[Array, "d h k"],
     wk: Float[Array, "d g k"],
-    sparsity: Sparsity | Any,
+    sparsity: Sparsity | tuple[Sparsity, Sparsity] | Any,
     *,
     damping: float = 0.01,
     group: Group = "matrix",
@@ -112,7 +112,7 @@ def prune_query_key_on(
       moments: of ``query_key_moments``.
       wq: query projection.
       wk: key projection.
-      sparsity: of each matrix, ``Sparsity`` or what ``Sparsity.parse`` reads.
+      sparsity: of each matrix, ``Sparsity`` or what ``Sparsity.parse`` reads; or a pair of them.
       damping: see ``factorise``.
       group: entries that compete.
 
@@ -122,16 +122,12 @@ def prune_query_key_on(
     Raises:
       InputError: as ``kronecker_admm``.
     """
+    pair = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
     pruned = [
         kronecker_admm(
-            w.reshape(w.shape[0], -1),
-            m.inputs,
-            m.outputs,
-            sparsity,
-            damping=damping,
-            group=group,
+            w.reshape(w.shape[0], -1), m.inputs, m.outputs, ratio, damping=damping, group=group
         )
-        for w, m in zip((wq, wk), moments, strict=True)
+        for w, m, ratio in zip((wq, wk), moments, pair, strict=True)
     ]
     return pruned[0], pruned[1]
 

@@ -267,7 +267,6 @@ class ClosedForm(NamedTuple):
     predicted_error: tuple[Float[Array, ""], Float[Array, ""]]
 
 
-@partial(jax.jit, static_argnames="settings")
 def prune_closed_form(
     x: Float[Array, "b n d"],
     dense: Projections,
@@ -275,6 +274,7 @@ def prune_closed_form(
     key: Key[Array, ""],
     *,
     settings: QueryKeySettings,
+    sparsity: tuple[Sparsity, Sparsity] | None = None,
 ) -> ClosedForm:
     """Prune both projections on the Gauss–Newton form of the error of the attention matrices.
 
@@ -288,6 +288,7 @@ def prune_closed_form(
       form: what is done to the projections' outputs before the softmax.
       key: randomness of the cotangents.
       settings: heads, scale, sparsity.
+      sparsity: of each projection, where they differ from ``settings.sparsity``.
     """
     d = x.shape[-1]
     wq, wk = dense[0].reshape(d, settings.heads, -1), dense[1].reshape(d, settings.kv_heads, -1)
@@ -300,7 +301,8 @@ def prune_closed_form(
         sequences=min(settings.moment_sequences, x.shape[0]),
         key=key,
     )
-    q, k = prune_query_key_on(moments, wq, wk, settings.sparsity, group=_group(settings))
+    sparsity = (settings.sparsity, settings.sparsity) if sparsity is None else sparsity
+    q, k = prune_query_key_on(moments, wq, wk, sparsity, group=_group(settings))
     return ClosedForm((q.weight, k.weight), (q.keep_mask, k.keep_mask), (q.loss, k.loss))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,24 @@ import pandas as pd
 from jaxprune.errors import InputError
 from jaxprune.evaluation.summary import summary_figure
 from jaxprune.models import llama
-from jaxprune.models.llama.checkpoint import write_weights
-from jaxprune.models.llama.files import checkpoint_hashes
+from jaxprune.models.llama.checkpoint import context_note, write_weights
+from jaxprune.models.llama.files import check_outside, checkpoint_hashes
 from jaxprune.pipeline.model import Progress, distillation_steps, prune_model, units
 from jaxprune.pipeline.settings import TARGETS, PruneSettings
 from jaxprune.runs import plotting
-from jaxprune.runs.folder import RunFolder, configuration, environment
-from jaxprune.sharding import by_writer, use_mesh
+from jaxprune.runs.configuration import configuration, differing
+from jaxprune.runs.folder import RunFolder, recorded_configuration
+from jaxprune.sharding import on_process_zero, use_mesh
 from jaxprune.sparsity import Sparsity
-from jaxprune.storage import check_new_folder, new_folder, read_json, write_arrays, write_json
+from jaxprune.storage import (
+    check_new_folder,
+    new_folder,
+    read_json,
+    remove_partial_folders,
+    work_folder,
+    write_arrays,
+    write_json,
+)
 from jaxprune.text.tokenizer import Tokenizer
 from jaxprune.text.windows import Windows, calibration_windows
 
@@ -48,6 +58,9 @@ class PruneRequest:
     sparsity: str = "0.5"
     refit: bool | None = None
     start: str = "gauss-newton"
+    allocate: str = "matrix"
+    lowest: float = 0.0
+    highest: float = 0.95
     propagate: bool = True
     steps: int | None = None
     distill: int | None = None
@@ -55,6 +68,11 @@ class PruneRequest:
     seed: int = 0
     dtype: str = "float32"
     repeat: Path | None = None
+
+    @staticmethod
+    def modernised(record: Mapping[str, Any]) -> dict[str, Any]:
+        """A recorded request in the settings of this version."""
+        return modernised(record)
 
     def settings(self) -> PruneSettings:
         """What the pipeline needs to know."""
@@ -64,12 +82,25 @@ class PruneRequest:
             sparsity=Sparsity.parse(self.sparsity),
             refit=self.refit,
             start=self.start,
+            allocate=self.allocate,
+            lowest=self.lowest,
+            highest=self.highest,
             propagate=self.propagate,
             steps=self.steps,
             distill=self.distill,
             batch=self.batch,
             seed=self.seed,
         )
+
+
+def modernised(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run of version 0.1, whose descent began from dense weights, as one of this.
+
+    ``refit`` was true for all but descents that only learned a mask.
+    """
+    if "start" in record:
+        return dict(record)
+    return {**record, "start": "dense", "refit": None if record.get("refit", True) else False}
 
 
 @dataclass(frozen=True)
@@ -111,6 +142,9 @@ def prune_checkpoint(
     sparsity: Any = "0.5",
     refit: bool | None = None,
     start: str = "gauss-newton",
+    allocate: str = "matrix",
+    lowest: float = 0.0,
+    highest: float = 0.95,
     propagate: bool = True,
     steps: int | None = None,
     distill: int | None = None,
@@ -121,6 +155,7 @@ def prune_checkpoint(
     resume: bool = False,
     repeat: Path | None = None,
     announce: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> PruneReport:
     """Prune a checkpoint and write one that ``transformers`` opens, with masks and a report.
@@ -141,6 +176,10 @@ def prune_checkpoint(
       sparsity: of every pruned matrix, ``Sparsity`` or what ``Sparsity.parse`` reads.
       refit: let kept weights adapt block by block; if ``None``, with ``descent`` alone.
       start: of ``descent``: ``gauss-newton`` or ``dense``.
+      allocate: what shares the budget of zeros: each ``matrix`` loses ``sparsity``, or those of a
+        ``block``, or of the ``model``, together.
+      lowest: least ratio of a matrix where a budget is shared.
+      highest: greatest.
       propagate: calibrate on the model as pruned so far.
       steps: of a descent in every block; the preset's if ``None``.
       distill: steps of the distillation at the end; see ``PruneSettings``.
@@ -151,6 +190,7 @@ def prune_checkpoint(
       resume: go on with an interrupted run with the same ``out``.
       repeat: folder of a pruned checkpoint whose inputs must be the same.
       announce: called once with a line on what is about to be done and held in memory.
+      warn: called with what is worth a word and no error.
       progress: called as the work goes on.
 
     Raises:
@@ -168,6 +208,9 @@ def prune_checkpoint(
         sparsity=str(sparsity),
         refit=refit,
         start=start,
+        allocate=allocate,
+        lowest=lowest,
+        highest=highest,
         propagate=propagate,
         steps=steps,
         distill=distill,
@@ -183,12 +226,13 @@ def prune_checkpoint(
         raise InputError(f"heldout {heldout}: expected 1 or more")
     work = work_folder(out)
     if resume and _finished_before(out, request):
-        by_writer(lambda: shutil.rmtree(work, ignore_errors=True))
+        on_process_zero(lambda: shutil.rmtree(work, ignore_errors=True))
         report = read_json(out / "pruning.json")
         return PruneReport(out, report["achieved_sparsity"], report["attention_error"], None)
-    by_writer(lambda: check_new_folder(out))
+    on_process_zero(lambda: check_new_folder(out))
     folder = llama.locate(request.model)
     config = llama.load_config(folder)
+    check_outside(out, folder)
     settings.check(config)
     fit, fresh = calibration_windows(
         calibration,
@@ -198,18 +242,22 @@ def prune_checkpoint(
         heldout=heldout,
         seed=seed,
     )
+    note = context_note(folder, fit.tokens.shape[1])
+    if warn is not None and note is not None:
+        warn(note)
     if announce is not None:
         announce(_plan(settings, config, fit, fresh))
-    inputs = {
-        "model": checkpoint_hashes(folder),
-        "calibration": fit.hashes(),
-        "heldout": fresh.hashes(),
-    }
-    with (
-        use_mesh(mesh, config.num_key_value_heads),
-        RunFolder(work, request, resume=resume, inputs=inputs) as run,
-    ):
-        loaded = llama.load(folder, dtype)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_mesh(mesh, config.num_key_value_heads))
+        loaded = llama.load(folder, dtype)  # weights that cannot be used show before hashing
+        inputs = {
+            "model": checkpoint_hashes(folder),
+            "calibration": fit.hashes(),
+            "heldout": fresh.hashes(),
+        }
+        run = stack.enter_context(RunFolder(work, request, resume=resume, inputs=inputs))
+        if resume:
+            on_process_zero(lambda: remove_partial_folders(out))
         masks: dict[str, np.ndarray] = {}
         rows: list[dict[str, Any]] = []
         notify = progress or (lambda where: None)
@@ -222,20 +270,17 @@ def prune_checkpoint(
         seconds = time.monotonic() - began
         result = PruneReport(out, _achieved_sparsity(loaded, targets), rows, seconds)
         texts = {"calibration": fit.protocol, "heldout": fresh.protocol}
-        by_writer(lambda: _write(request, result, loaded, folder, masks, texts, run.inputs))
+        on_process_zero(lambda: _write(request, result, loaded, folder, masks, texts, run))
     run.remove()
     return result
 
 
-def work_folder(out: Path) -> Path:
-    """Where a run keeps what it needs to resume, beside its output."""
-    return out.resolve().parent / f".{out.name}.work"
-
-
 def _finished_before(out: Path, request: PruneRequest) -> bool:
     """Whether this very run has finished already (killed just before it could say so)."""
-    report = out / "pruning.json"
-    return report.is_file() and read_json(report).get("configuration") == configuration(request)
+    if not (out / "pruning.json").is_file():
+        return False
+    there = recorded_configuration(out)
+    return there is not None and differing(there, request) is None
 
 
 def _plan(settings: PruneSettings, config: llama.LlamaConfig, fit: Windows, fresh: Windows) -> str:
@@ -266,14 +311,14 @@ def _write(
     source: Path,
     masks: dict[str, np.ndarray],
     texts: dict[str, Any],
-    inputs: dict[str, dict[str, str]],
+    run: RunFolder,
 ) -> None:
     """The new checkpoint with its report, masks and figure; it appears whole or not at all."""
     metrics = pd.DataFrame(result.attention_error)
     report = {
         "configuration": configuration(request),
-        "environment": environment(),
-        "inputs": inputs,
+        "environment": run.environment,
+        "inputs": run.inputs,
         **texts,
         "achieved_sparsity": result.achieved_sparsity,
         "attention_error": result.attention_error,

@@ -118,6 +118,25 @@ def _zeros(model: Llama, names: tuple[str, ...], full: int) -> dict[str, tuple[A
     return sums
 
 
+def draw(key: Key[Array, ""], probability: Float[Array, "n v"]) -> Int[Array, " n"]:
+    """A category for every row, by one random number each.
+
+    The inverse of the distribution function, first over groups of categories, then inside one:
+    sums along whole rows, or a random number for each category, take many times as long.
+    """
+    n, size = probability.shape
+    width = max(1, int(size**0.5))
+    padded = jnp.pad(probability, ((0, 0), (0, -size % width))).reshape(n, -1, width)
+    totals = padded.sum(axis=-1)
+    below = jnp.cumsum(totals, axis=-1)
+    level = jax.random.uniform(key, (n, 1), probability.dtype) * below[:, -1:]
+    group = jnp.minimum(jnp.sum(below <= level, axis=-1), totals.shape[1] - 1)
+    rows = jnp.arange(n)
+    level = level - (below[rows, group] - totals[rows, group])[:, None]
+    inside = jnp.sum(jnp.cumsum(padded[rows, group], axis=-1) <= level, axis=-1)
+    return jnp.minimum(group * width + jnp.minimum(inside, width - 1), size - 1)
+
+
 @jax.jit
 def _head_gradient(
     model: Llama, hidden: Float[Array, "b n d"], keys: Key[Array, " b"]
@@ -128,11 +147,7 @@ def _head_gradient(
         hidden, key = window
         logits, pull = jax.vjp(model.head, hidden)
         predictions = jax.nn.softmax(logits)
-        # By the inverse of the distribution function: one random number for each token.
-        below = jnp.cumsum(predictions, axis=-1)
-        level = jax.random.uniform(key, logits.shape[:1], below.dtype) * below[:, -1]
-        drawn = jnp.sum(below <= level[:, None], axis=-1)
-        drawn = jnp.minimum(drawn, logits.shape[-1] - 1)
+        drawn = draw(key, predictions)
         gradient = (-predictions).at[jnp.arange(len(drawn)), drawn].add(1)
         return pull(gradient.astype(logits.dtype))[0]
 

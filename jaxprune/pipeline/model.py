@@ -33,6 +33,9 @@ from jaxprune.models.llama.modeling import (
     parameter_count,
 )
 from jaxprune.pipeline.block import block_problem, block_refit_problem, block_settings
+from jaxprune.pipeline.budget import share_out
+from jaxprune.pipeline.closed_form import block_closed_form
+from jaxprune.pipeline.curvature import Curvature, prediction_curvature
 from jaxprune.pipeline.distillation import DistillationSettings, distillation_problem
 from jaxprune.pipeline.query_key import (
     query_key_closed_form,
@@ -44,12 +47,14 @@ from jaxprune.pipeline.settings import PruneSettings
 from jaxprune.pipeline.streams import Streams, linear_inputs, mean_statistic
 from jaxprune.pipeline.work import Problem, Report, Solution, Work, solve
 from jaxprune.runs.folder import RunFolder
-from jaxprune.sharding import whole
+from jaxprune.sharding import gather
 from jaxprune.sparsity import Sparsity
 
 # Distillation goes through the whole model, dense and pruned, in every step: it is left out above
 # so many parameters unless asked for.
 _DISTILLED_BY_DEFAULT = 100_000_000
+# Windows that the curvature of the predictions is taken from.
+CURVATURE_WINDOWS = 16
 # W_Q and W_K alone are near what their masks allow after the blocks; all maps have farther to go.
 _DISTILLATION_RATES = {"qk": 0.01, "all": 0.03}
 
@@ -76,9 +81,10 @@ def distillation_steps(settings: PruneSettings, config: LlamaConfig) -> int:
 
 
 def units(settings: PruneSettings, config: LlamaConfig) -> int:
-    """Units of progress of a run: chunks of its descents, and one for each block."""
+    """Units of progress of a run: one for curvature, one a block, chunks of descents."""
     last = math.ceil(distillation_steps(settings, config) / Descent.chunk_size)
-    return _block_units(settings, config) * config.num_hidden_layers + last
+    blocks = _block_units(settings, config) * config.num_hidden_layers
+    return settings.needs_curvature + blocks + last
 
 
 def _block_units(settings: PruneSettings, config: LlamaConfig) -> int:
@@ -143,14 +149,15 @@ def _prune_blocks(
     report: Report,
 ) -> Iterator[PrunedBlock]:
     """``prune_model`` without distillation."""
+    plan = _plan(model, tokens, settings, run, report)
     streams = Streams.start(model, tokens, heldout)
-    each = _block_units(settings, model.config)
+    each, before = _block_units(settings, model.config), int(settings.needs_curvature)
     for layer in range(model.config.num_hidden_layers):
         name = f"block-{layer}"
         dense = model.block_weights(layer)
-        work = Work(run, name, layer * each, report)
+        work = Work(run, name, before + layer * each, report)
         work.report(0)
-        rows = run.part(name, partial(_prune_block, layer, dense, streams, settings, work))
+        rows = run.part(name, partial(_prune_block, layer, dense, streams, plan, settings, work))
         arrays = run.part_arrays(name)
         pruned = dense._replace(
             **{w: jnp.asarray(arrays[w], dense.wq.dtype) for w in settings.names}
@@ -161,14 +168,53 @@ def _prune_blocks(
         yield layer, {w: arrays[f"keep_{w}"] for w in settings.names}, rows
 
 
+class _Plan(NamedTuple):
+    """What is known before the first block is pruned.
+
+    Attributes:
+      sparsity: of every matrix, by its name, for each block.
+      curvature: of the predictions, where it is needed.
+    """
+
+    sparsity: list[dict[str, Sparsity]]
+    curvature: Curvature | None
+
+
+def _plan(
+    model: Llama, tokens: np.ndarray, settings: PruneSettings, run: RunFolder, report: Report
+) -> _Plan:
+    """Take the curvature of the predictions where it is needed, and share out the budget."""
+    layers = range(model.config.num_hidden_layers)
+    even = [dict.fromkeys(settings.names, settings.sparsity) for _ in layers]
+    if not settings.needs_curvature:
+        return _Plan(even, None)
+    # What is finished needs none of it.
+    if settings.allocate == "matrix" and all(run.finished(f"block-{layer}") for layer in layers):
+        return _Plan(even, None)
+    report(0, "curvature")
+    key = jax.random.fold_in(jax.random.key(settings.seed), len(layers) + 1)
+    curvature = prediction_curvature(
+        model, tokens[:CURVATURE_WINDOWS], settings.names, key, batch=settings.batch
+    )
+    report(1, "curvature")
+    if settings.allocate == "matrix":
+        return _Plan(even, curvature)
+    return _Plan(share_out(model, curvature, settings), curvature)
+
+
 def _prune_block(
-    layer: int, dense: BlockWeights, streams: Streams, settings: PruneSettings, work: Work
+    layer: int,
+    dense: BlockWeights,
+    streams: Streams,
+    plan: _Plan,
+    settings: PruneSettings,
+    work: Work,
 ) -> list[dict[str, Any]]:
     key = jax.random.fold_in(jax.random.key(settings.seed), layer)
     if settings.gradual:
         solution = solve(_gradual_problem(dense, streams, settings), key, work)
     else:
-        solution = _find_masks(dense, streams, settings, key)
+        solution = _find_masks(layer, dense, streams, plan, settings, key)
         if settings.method == "descent" and not settings.refits:
             solution = _with_dense_values(dense, solution)
         if settings.refits:
@@ -183,8 +229,8 @@ def _prune_block(
     pruned = dense._replace(**solution.weights)
     rows = _head_rows(layer, dense, pruned, streams, solution.remarks)
     work.finish(
-        **{name: whole(solution.weights[name].astype(jnp.float32)) for name in settings.names},
-        **{f"keep_{name}": whole(solution.keep_masks[name]) for name in settings.names},
+        **{name: gather(solution.weights[name].astype(jnp.float32)) for name in settings.names},
+        **{f"keep_{name}": gather(solution.keep_masks[name]) for name in settings.names},
     )
     return rows
 
@@ -202,11 +248,21 @@ def _refit_problem(
 
 
 def _find_masks(
-    dense: BlockWeights, streams: Streams, settings: PruneSettings, key: Array
+    layer: int,
+    dense: BlockWeights,
+    streams: Streams,
+    plan: _Plan,
+    settings: PruneSettings,
+    key: Array,
 ) -> Solution:
     """Masks and weights of a block by a method without steps."""
+    sparsity = plan.sparsity[layer]
+    if settings.first == "gauss-newton" and settings.targets == "qk":
+        return query_key_closed_form(dense, streams, sparsity, settings, key)
     if settings.first == "gauss-newton":
-        return query_key_closed_form(dense, streams, settings, key)
+        assert plan.curvature is not None
+        curvature = plan.curvature[layer]
+        return block_closed_form(dense, streams, curvature, sparsity, settings.batch)
     baseline, names = BASELINES[settings.first], settings.names
     # In one dense pass of the block, as the originals do.
     if baseline.moment is None or baseline.prune_from is None:
@@ -215,7 +271,7 @@ def _find_masks(
     else:
         data = mean_statistic(dense, streams, names, baseline.moment, settings.batch)
         prune = baseline.prune_from
-    results = {name: prune(data[name], getattr(dense, name), settings.sparsity) for name in names}
+    results = {name: prune(data[name], getattr(dense, name), sparsity[name]) for name in names}
     raised = {n: int(r.damping_raised) for n, r in results.items() if r.damping_raised}
     return Solution(
         {name: result.weight for name, result in results.items()},
@@ -243,8 +299,8 @@ def _distill(
 ) -> Iterator[PrunedBlock]:
     """Let the kept weights of all pruned blocks adapt together, and judge every block anew."""
     name, names = "distillation", settings.names
-    before = _block_units(settings, model.config) * model.config.num_hidden_layers
-    work = Work(run, name, before, report)
+    blocks_done = _block_units(settings, model.config) * model.config.num_hidden_layers
+    work = Work(run, name, settings.needs_curvature + blocks_done, report)
     work.report(0)
 
     def compute() -> list[dict[str, Any]]:
@@ -264,7 +320,7 @@ def _distill(
             judged = _head_rows(layer, unpruned, model.block_weights(layer), streams, extra)
             rows += [old | new for old, new in zip(found, judged, strict=True)]
             streams = streams.after(unpruned, None, settings.batch)
-        work.finish(**{w: whole(solution.weights[w]) for w in names})
+        work.finish(**{w: gather(solution.weights[w]) for w in names})
         return rows
 
     rows = run.part(name, compute)
@@ -305,7 +361,7 @@ def _head_rows(
         error, energy = head_errors(
             x, (pruned.wq, pruned.wk), x, (dense.wq, dense.wk), form, settings
         )
-        columns.append(whole(error / energy))
+        columns.append(gather(error / energy))
         if not np.isfinite(columns[-1]).all():
             raise InputError(
                 f"block {layer}: its attention is not finite; check weights and activations"

@@ -22,6 +22,7 @@ from jaxprune.models.llama.modeling import BlockWeights, attention_form
 from jaxprune.pipeline.settings import PruneSettings
 from jaxprune.pipeline.streams import Streams
 from jaxprune.pipeline.work import Problem, Solution, movable, upcast
+from jaxprune.sparsity import Sparsity
 
 _NAMES = ("wq", "wk")
 
@@ -86,7 +87,11 @@ def query_key_refit_problem(
 
 
 def query_key_closed_form(
-    dense: BlockWeights, streams: Streams, settings: PruneSettings, key: Array
+    dense: BlockWeights,
+    streams: Streams,
+    sparsity: dict[str, Sparsity],
+    settings: PruneSettings,
+    key: Array,
 ) -> Solution:
     """The closed form on the curvature of the attention matrices."""
     chosen = query_key_settings(settings, streams.config)
@@ -97,9 +102,10 @@ def query_key_closed_form(
         attention_form(dense, streams.config),
         key,
         settings=chosen,
+        sparsity=(sparsity["wq"], sparsity["wk"]),
     )
     return Solution(
         dict(zip(_NAMES, result.weights, strict=True)),
         dict(zip(_NAMES, result.keep_masks, strict=True)),
-        {},
+        {"predicted_error": float(sum(result.predicted_error))},
     )

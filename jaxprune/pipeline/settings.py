@@ -15,6 +15,7 @@ from jaxprune.sparsity import Sparsity
 METHODS = (*BASELINES, "gauss-newton", "descent")
 TARGETS = {"qk": ("wq", "wk"), "all": tuple(INPUT_OF)}
 STARTS = ("gauss-newton", "dense")
+ALLOCATIONS = ("matrix", "block", "model")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class PruneSettings:
         ``descent`` without it keeps their values (``qk``).
       start: what ``descent`` goes on from: the closed form of ``gauss-newton``, whose masks it
         keeps, or the ``dense`` weights under a mask that tightens.
+      allocate: matrices lose ``sparsity`` each (``matrix``), or all of a block together
+        (``block``), or all of the model (``model``), where they are felt least.
+      lowest: least ratio of a matrix under ``allocate``.
+      highest: greatest ratio of a matrix.
       propagate: calibrate on the model as pruned so far (``all`` always does).
       steps: of a descent; the preset's if ``None``.
       distill: steps of the distillation at the end, of all kept weights; if ``None``, the
@@ -43,6 +48,9 @@ class PruneSettings:
     sparsity: Sparsity
     refit: bool | None = None
     start: str = "gauss-newton"
+    allocate: str = "matrix"
+    lowest: float = 0.0
+    highest: float = 0.95
     propagate: bool = True
     steps: int | None = None
     distill: int | None = None
@@ -66,32 +74,59 @@ class PruneSettings:
         return self.method == "descent" and self.start == "dense"
 
     @property
+    def needs_curvature(self) -> bool:
+        """Whether the curvature of the predictions is taken before anything is pruned."""
+        closed_form = self.first == "gauss-newton" and self.targets == "all" and not self.gradual
+        return closed_form or self.allocate != "matrix"
+
+    @property
     def first(self) -> str:
         """What finds the masks before kept weights adapt."""
         return "gauss-newton" if self.method == "descent" else self.method
 
-    def check(self, config: LlamaConfig) -> None:
-        """Raise ``InputError``, naming the setting, for choices that cannot work."""
+    def check_names(self) -> None:
+        """Raise ``InputError``, naming the setting, for choices that work with no model."""
         if self.method not in METHODS:
             raise InputError(f"method {self.method}: expected one of {', '.join(METHODS)}")
         if self.targets not in TARGETS:
             raise InputError(f"targets {self.targets}: expected one of {', '.join(TARGETS)}")
         if self.start not in STARTS:
             raise InputError(f"start {self.start}: expected one of {', '.join(STARTS)}")
+        self._check_allocation()
         if self.refit is False and (self.method, self.targets) != ("descent", "qk"):
-            raise InputError("refit: False only with method descent and targets qk")
+            raise InputError("refit=False: only with method=descent and targets=qk")
         if self.steps is not None and self.steps < 1:
             raise InputError(f"steps {self.steps}: expected 1 or more")
-        if self.steps is not None and not (self.refits or self.gradual):
-            raise InputError(f"steps: method {self.method} takes none without refit")
         if self.distill is not None and self.distill < 0:
             raise InputError(f"distill {self.distill}: expected 0 or more steps")
         if self.distill and self.refit is False:
-            raise InputError("distill: not where refit is False, which keeps the weights' values")
+            raise InputError("distill: not with refit=False, which keeps the weights' values")
         if self.batch < 1:
             raise InputError(f"batch {self.batch}: expected 1 or more")
+
+    def check(self, config: LlamaConfig) -> None:
+        """``check_names``, and that N:M groups divide the matrices of a model."""
+        self.check_names()
         widths = {config.hidden_size}
         if self.targets == "all":
             widths |= {config.num_attention_heads * config.head_dim, config.intermediate_size}
         for width in sorted(widths):
             self.sparsity.check_divides(width)
+
+    def _check_allocation(self) -> None:
+        if self.allocate not in ALLOCATIONS:
+            raise InputError(f"allocate {self.allocate}: expected one of {', '.join(ALLOCATIONS)}")
+        if self.allocate == "matrix":
+            return
+        if self.sparsity.m is not None:
+            raise InputError(
+                f"allocate {self.allocate}: sparsity {self.sparsity} leaves every matrix the same; "
+                "use matrix"
+            )
+        if self.gradual:
+            raise InputError(f"allocate {self.allocate}: not with start dense; use gauss-newton")
+        if not 0 <= self.lowest <= float(self.sparsity.ratio) <= self.highest <= 1:
+            raise InputError(
+                f"lowest {self.lowest:g}, highest {self.highest:g}: expected 0 <= lowest <= "
+                f"sparsity {self.sparsity} <= highest <= 1"
+            )

@@ -17,7 +17,7 @@ from jaxprune.descent.gradual import split_sequences
 from jaxprune.descent.loop import Descent, DescentState, Trace, descend
 from jaxprune.errors import InputError
 from jaxprune.runs.folder import RunFolder
-from jaxprune.sharding import agreed, by_writer, split_columns, whole
+from jaxprune.sharding import broadcast_flag, gather, on_process_zero, split_columns
 from jaxprune.storage import read_arrays, write_arrays
 
 # A descent's state is written when that costs less than this part of the time since the last.
@@ -74,7 +74,7 @@ class Work:
 
     def load(self, start: DescentState) -> DescentState:
         """The saved state, or ``start``."""
-        if not agreed(self._file.exists()):
+        if not broadcast_flag(self._file.exists()):
             return start
         leaves, form = jax.tree.flatten(start)
         remedy = "delete it to begin this part anew"
@@ -89,9 +89,9 @@ class Work:
         """Called after every chunk; writes where that is cheap enough."""
         del trace
         now = time.monotonic()
-        if agreed(now - self._saved_at >= self._cost / _SAVING_SHARE):
-            arrays = {str(i): whole(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-            by_writer(lambda: write_arrays(self._file, **arrays))
+        if broadcast_flag(now - self._saved_at >= self._cost / _SAVING_SHARE):
+            arrays = {str(i): gather(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+            on_process_zero(lambda: write_arrays(self._file, **arrays))
             self._saved_at = time.monotonic()
             self._cost = self._saved_at - now
         self.report(math.ceil(int(state.step) / Descent.chunk_size))
@@ -103,7 +103,7 @@ class Work:
             write_arrays(self.run.part_file(self.name), **arrays)
             self._file.unlink(missing_ok=True)
 
-        by_writer(write)
+        on_process_zero(write)
 
 
 def solve(problem: Problem, key: Key[Array, ""], work: Work) -> Solution:

@@ -1,6 +1,7 @@
 """Runs: a folder each, metrics, repetition, the frame of every script, figures."""
 
-from jaxprune.runs.folder import Recorded, RunFolder, configuration, environment, recorded
+from jaxprune.runs.configuration import configuration
+from jaxprune.runs.folder import Recorded, RunFolder, environment, recorded
 from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
 from jaxprune.runs.repetition import differences
 from jaxprune.storage import (

@@ -11,7 +11,6 @@ files it read. ``differences`` compares a repetition with the original.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -29,14 +28,17 @@ import numpy as np
 import pandas as pd
 
 from jaxprune.errors import InputError
+from jaxprune.runs.configuration import configuration, differing, flat
 from jaxprune.runs.metrics import Columns, read_metrics
-from jaxprune.sharding import agreed, by_writer, is_writer
+from jaxprune.sharding import broadcast_flag, is_writer, on_process_zero
 from jaxprune.storage import (
     check_writable,
     hashes,
     read_arrays,
     read_json,
+    remove_partial_files,
     replacing,
+    work_folder,
     write_json,
 )
 
@@ -60,14 +62,6 @@ def environment() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "cpu_count": os.cpu_count(),
     }
-
-
-def configuration(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as plain JSON values, without where and whether it goes on."""
-    fields = dataclasses.asdict(config)
-    for where in ("out", "resume", "repeat", "mesh", "coordinator", "processes", "process"):
-        fields.pop(where, None)
-    return cast(dict[str, Any], json.loads(json.dumps(fields, default=str)))
 
 
 class RunFolder:
@@ -104,24 +98,32 @@ class RunFolder:
     ) -> None:
         self.path = Path(out)
         self.inputs = {flag: dict(files) for flag, files in (inputs or {}).items()}
-        self._config = configuration(config)
+        self._config = config
         self._resume = resume
-        self._repeats: Path | None = getattr(config, "repeat", None)
+        values = flat(config)
+        self._repeats: Path | None = values.get("repeat")
+        # A hidden folder beside what was asked for is no argument of anyone.
+        hidden = "out" in values and self.path == work_folder(values["out"])
+        self._where = f"{self.path}" if hidden else f"out {self.path}"
 
     def __enter__(self) -> RunFolder:
-        by_writer(self._open)
+        on_process_zero(self._open)
         return self
 
     def _open(self) -> None:
-        self._fresh = not (self.path.is_dir() and any(self.path.iterdir()))
+        try:
+            self._home = self.path.resolve()  # one folder, whatever links lead to it
+        except (OSError, RuntimeError):
+            raise InputError(f"{self._where}: is a link to itself; choose another folder") from None
+        self._fresh = not (self._home.is_dir() and any(self._home.iterdir()))
         self._check_whose()
-        self._made = [p for p in self.path.absolute().parents if not p.exists()]
-        check_writable(self.path)
-        self._lock = filelock.FileLock(self.path / ".lock")
+        self._made = [p for p in self._home.parents if not p.exists()]
+        check_writable(self.path, self._where.removesuffix(f"{self.path}").rstrip())
+        self._lock = filelock.FileLock(self._home / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise InputError(f"--out {self.path}: another run is writing there") from None
+            raise InputError(f"{self._where}: another run is writing there") from None
         try:
             self._claim()
         except BaseException as error:
@@ -134,14 +136,14 @@ class RunFolder:
 
     def _close(self, kind: type[BaseException] | None) -> None:
         if self._fresh and kind is not None and issubclass(kind, InputError):
-            shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self._home, ignore_errors=True)
             for parent in self._made:  # innermost first
                 with contextlib.suppress(OSError):
                     parent.rmdir()
         self._lock.release()
 
     def _check_whose(self) -> None:
-        """Raise ``InputError`` where files are that no run, nor a beginning of one, left there.
+        """Raise ``InputError`` if the folder holds files no run left.
 
         ``config.json`` is written last: parts without it could be of any run.
         """
@@ -153,38 +155,57 @@ class RunFolder:
         others = sorted(left - {".lock", "environment.json", "inputs.json"})
         if others:
             raise InputError(
-                f"--out {self.path}: holds {others[0]}, but not a whole run; choose a new or an "
+                f"{self._where}: holds {others[0]}, but not a whole run; choose a new or an "
                 "empty folder"
             )
 
     def _claim(self) -> None:
         settings, inputs = self.path / "config.json", self.path / "inputs.json"
         if self._repeats is not None:
-            _check_inputs(recorded(self._repeats).inputs, self.inputs, f"--repeat {self._repeats}")
+            _check_inputs(recorded(self._repeats).inputs, self.inputs, f"repeat={self._repeats}")
         if settings.exists():
-            there = read_json(settings)
-            if not self._resume:
-                raise InputError(
-                    f"--out {self.path} holds a run already; --resume continues it, "
-                    "another --out starts anew"
-                )
-            differing = sorted(
-                key
-                for key in there.keys() | self._config.keys()
-                if there.get(key) != self._config.get(key)
-            )
-            if differing:
-                key = differing[0]
-                raise InputError(
-                    f"--out {self.path} holds a run with --{key.replace('_', '-')} "
-                    f"{there.get(key)}, not {self._config.get(key)}; choose another --out"
-                )
+            self._check_same(read_json(settings))
             if inputs.exists():
-                _check_inputs(read_json(inputs), self.inputs, f"--out {self.path}")
+                _check_inputs(read_json(inputs), self.inputs, self._where)
+            for folder in (self.path, self._parts, self.path / "figures"):
+                remove_partial_files(folder)
         self._parts.mkdir(exist_ok=True)
-        write_json(self.path / "environment.json", environment())
+        write_json(self.path / "environment.json", self._environments())
         write_json(inputs, self.inputs)
-        write_json(settings, self._config)
+        write_json(settings, configuration(self._config))
+
+    def _check_same(self, there: Mapping[str, Any]) -> None:
+        """Raise ``InputError`` unless this run may go on with one of this configuration."""
+        if not self._resume:
+            raise InputError(
+                f"{self._where} holds a run already; resume=True continues it, "
+                "another folder starts anew"
+            )
+        name = differing(there, self._config)
+        if name is None:
+            return
+        here = configuration(self._config)
+        if name not in here:
+            raise InputError(
+                f"{self._where} holds a run with {name} {_shown(there[name])}, which this version "
+                "does not have; choose another folder"
+            )
+        then = _shown(there[name]) if name in there else "as it was before there was this choice"
+        raise InputError(
+            f"{self._where} holds a run with {name}={then}, not {_shown(here[name])}; choose "
+            "another folder"
+        )
+
+    def _environments(self) -> dict[str, Any]:
+        """This environment, and in ``before`` those that the run was in earlier, oldest first."""
+        file, now = self.path / "environment.json", environment()
+        try:
+            last = read_json(file) if file.exists() else {}
+        except InputError:  # what was computed does not depend on it
+            last = {}
+        before = last.pop("before", [])
+        before = [each for each in [*before, last] if each and each != now]
+        return now | ({"before": before} if before else {})
 
     @property
     def _parts(self) -> Path:
@@ -193,9 +214,12 @@ class RunFolder:
     @property
     def figures(self) -> Path:
         """Where figures go."""
-        folder = self.path / "figures"
-        folder.mkdir(exist_ok=True)
-        return folder
+        return figures_of(self.path)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """The environment of this run, and in ``before`` those that it was in until resumed."""
+        return read_json(self.path / "environment.json")
 
     def finished(self, name: str) -> bool:
         """Whether the part ``name`` needs no more computing."""
@@ -210,9 +234,9 @@ class RunFolder:
           InputError: what was kept is not what was written.
         """
         file = self._parts / f"{name}.json"
-        if not agreed(file.exists()):
+        if not broadcast_flag(file.exists()):
             rows = list(compute())
-            by_writer(lambda: write_json(file, self._with_digest(name, rows)))
+            on_process_zero(lambda: write_json(file, self._with_digest(name, rows)))
         return cast(list[dict], self._read_part(name)["rows"])
 
     def _with_digest(self, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -229,6 +253,11 @@ class RunFolder:
             kept = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             kept = None
+        except OSError as error:
+            raise InputError(
+                f"{file}: cannot be read ({error.strerror}); delete it, and resume=True computes "
+                "it anew"
+            ) from None
         if isinstance(kept, list):
             raise InputError(
                 f"{file}: has no digest, so it is damaged or an older version's; delete the folder "
@@ -239,8 +268,8 @@ class RunFolder:
             if digest == _digest(name, kept):
                 return cast(dict[str, Any], kept)
         raise InputError(
-            f"{file}: damaged, or changed since it was written; delete it, and --resume computes "
-            "it anew"
+            f"{file}: damaged, or changed since it was written; delete it, and resume=True "
+            "computes it anew"
         )
 
     def part_arrays(self, name: str) -> dict[str, np.ndarray]:
@@ -251,10 +280,10 @@ class RunFolder:
         """
         file, rows = self.part_file(name), self._parts / f"{name}.json"
         digest = self._read_part(name)["arrays"]
-        arrays = read_arrays(file, f"delete {rows} too, and --resume computes both anew")
+        arrays = read_arrays(file, f"delete {rows} too, and resume=True computes both anew")
         if hashes([file])[file.name] != digest:
             raise InputError(
-                f"{file}: changed since it was written; delete it and {rows}, and --resume "
+                f"{file}: changed since it was written; delete it and {rows}, and resume=True "
                 "computes both anew"
             )
         return arrays
@@ -271,7 +300,7 @@ class RunFolder:
             shutil.rmtree(self._parts)
             shutil.rmtree(self.path)
 
-        by_writer(delete)
+        on_process_zero(delete)
 
     def part_file(self, name: str) -> Path:
         """Where a part may keep arrays (``.npz``) beside its rows; write them first."""
@@ -295,6 +324,18 @@ class RunFolder:
 def _digest(name: str, content: dict[str, Any]) -> str:
     """SHA-256 of a part's content and its name."""
     return hashlib.sha256(json.dumps([name, content]).encode()).hexdigest()
+
+
+def figures_of(folder: Path) -> Path:
+    """Where the figures of a run folder go."""
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    return figures
+
+
+def _shown(value: Any) -> str:
+    """A setting as it is given on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class Recorded(NamedTuple):
@@ -325,11 +366,22 @@ def recorded(folder: Path) -> Recorded:
     return Recorded(*cast(list[dict], parts))
 
 
+def recorded_configuration(folder: Path) -> dict[str, Any] | None:
+    """Configuration of the run in a folder, finished or not; ``None`` where there is none."""
+    for file in (Path(folder) / "pruning.json", Path(folder) / "config.json"):
+        with contextlib.suppress(InputError):
+            content = read_json(file)
+            content = content.get("configuration", {}) if file.name == "pruning.json" else content
+            if isinstance(content, dict):
+                return content
+    return None
+
+
 def _check_inputs(there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:
     """Raise ``InputError`` naming the first input that is not the one it was."""
     for flag in sorted(there.keys() | here.keys()):
         if there.get(flag) != here.get(flag):
             raise InputError(
-                f"{where}: that run was begun with other files for --{flag} than those that are "
+                f"{where}: that run was begun with other files for `{flag}` than those that are "
                 "there now"
             )

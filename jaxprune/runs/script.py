@@ -1,206 +1,166 @@
-"""What every script shares: flags from a dataclass, one-line errors, exit statuses, repetition.
+"""What every script shares: one-line errors, exit statuses, repetition, the frame of experiments.
 
 Exit statuses: 0 done; 1 a repetition differs from its original; 2 wrong input, or the machine does
 not allow it (disk full, no permission, out of memory), one line on standard error;
-130 interrupted.
+130 interrupted, by SIGINT, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
 
 import _thread
-import ast
 import atexit
 import contextlib
-import dataclasses
-import inspect
-import io
 import os
 import signal
 import sys
-import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from types import FrameType
+from typing import Any, NamedTuple, TextIO, TypeVar, cast
 
 import jax
-import tyro
+import pandas as pd
 
 from jaxprune.errors import InputError
-from jaxprune.runs.folder import environment, recorded
+from jaxprune.runs.configuration import as_recorded, completed, defaults, flat, names, replaced
+from jaxprune.runs.flags import flag_of, in_flags, parse_flags
+from jaxprune.runs.folder import (
+    RunFolder,
+    environment,
+    figures_of,
+    recorded,
+    recorded_configuration,
+)
+from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
 from jaxprune.runs.repetition import differences
+from jaxprune.sharding import is_writer
+from jaxprune.storage import replacing
 
 Config = TypeVar("Config")
 
-# A boolean flag without a `--no-` twin.
-Flag = tyro.conf.FlagCreatePairsOff[bool]
 
-# Flags that scripts share, as `--help` groups them; a script's own come first.
-_GROUPS = {
-    "model and text": (
-        *("model", "input", "dtype", "calibration", "text"),
-        *("windows", "seqlen", "heldout", "bos_per_window", "layers", "heads"),
-    ),
-    "devices and memory": (
-        *("batch", "head_batch", "mesh", "coordinator", "processes", "process"),
-    ),
-    "run": ("seed", "out", "resume", "redraw", "repeat"),
-}
+class Experiment(NamedTuple):
+    """What an experiment computes, once its input is read and found to be right.
 
-
-def parse_flags(config_type: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
-    """Parse ``argv`` into ``config_type``; a wrong flag is an ``InputError`` of one line."""
-    _check_given(sys.argv[1:] if argv is None else argv)
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):
-            config = _parse_grouped(config_type, argv, prog)
-    except SystemExit as stop:
-        if stop.code in (0, None):  # --help
-            raise
-        raise InputError(f"{_one_line(shown.getvalue())} (see {prog} --help)") from None
-    _check_values(config)
-    return config
-
-
-def _parse_grouped(config_type: type[Config], argv: Sequence[str] | None, prog: str) -> Config:
-    """Parse as ``tyro.cli(config_type)`` does, with flags in groups in the help."""
-    hints, texts = get_type_hints(config_type, include_extras=True), _field_texts(config_type)
-    annotated: Any = Annotated  # of types that are values here
-    members: dict[str, list[Any]] = {"": [], **{title: [] for title in _GROUPS}}
-    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
-        title = next((t for t, names in _GROUPS.items() if field.name in names), "")
-        shown = annotated[hints[field.name], tyro.conf.arg(help=texts.get(field.name))]
-        default = dataclasses.field(default=field.default)
-        members[title].append((field.name, shown, default))
-    groups = {
-        title.replace(" ", "_"): dataclasses.make_dataclass(title, fields, kw_only=True)
-        for title, fields in members.items()
-        if title and fields
-    }
-    whole = dataclasses.make_dataclass(
-        "Flags",
-        [*members[""], *groups.items()],
-        kw_only=True,
-        namespace={"__doc__": config_type.__doc__},
-    )
-    parsed: Any = tyro.cli(whole, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
-    values = {name: getattr(parsed, name) for name, *_ in members[""]}
-    for name in groups:
-        values |= vars(getattr(parsed, name))
-    return config_type(**values)
-
-
-def _field_texts(config_type: type) -> dict[str, str]:
-    """What stands in quotes under each field of a dataclass."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body
-    assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            assert isinstance(text.value, ast.Constant)
-            texts[field.target.id] = " ".join(str(text.value.value).split())
-    return texts
-
-
-def _check_given(argv: Sequence[str]) -> None:
-    """Raise ``InputError`` for an empty value, such as a shell makes of a variable that is not set.
-
-    As a path it would be the current folder. Null characters, of edited settings, are in no path.
+    Attributes:
+      compute: all rows of metrics, part by part in the folder of the run.
+      inputs: hashes of what was read, for ``RunFolder``.
     """
-    flag = ""
-    for argument in argv:
-        if argument.startswith("--"):
-            flag, equals, value = argument.partition("=")
-            argument = value if equals else flag
-        if not argument or "\0" in argument:
-            what = "is empty" if not argument else "holds a null character"
-            raise InputError(f"{flag or 'an argument'}: {what}, expected a value")
+
+    compute: Callable[[RunFolder], Sequence[dict[str, Any]]]
+    inputs: Mapping[str, Mapping[str, str]] = {}
 
 
-def _check_values(config: Any) -> None:
-    """Raise ``InputError`` for values that no flag takes.
+Report = Callable[[pd.DataFrame, Path, Path], str]
+"""Draws metrics: of the folder of the run and that of its figures to Markdown tables."""
 
-    Whole numbers that no array index or seed of JAX can be, and lists that name something twice:
-    it would count twice in means, and names of parts show six digits.
+
+def run_experiment(
+    config: Any,
+    prepare: Callable[[Any], Experiment],
+    report: Report,
+    columns: Columns,
+) -> None:
+    """Run an experiment, or draw it again: flags checked, rows computed, metrics, report.
+
+    The report's tables are printed and kept in ``tables.md``.
+
+    Args:
+      config: with the group ``run``; its method ``check`` raises ``InputError`` for flags that
+        cannot work.
+      prepare: reads and checks the input.
+      report: figures, tables.
+      columns: of the metrics.
     """
-    for field in dataclasses.fields(config):
-        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        several = isinstance(value, tuple)
-        for number in value if several else (value,):
-            if isinstance(number, int) and abs(number) >= 2**31:
-                raise InputError(f"{flag} {number:.4g}: expected a number below 2^31")
-        if several and "..." in str(field.type):
-            shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in value]
-            twice = [v for i, v in enumerate(shown) if v in shown[:i]]
-            if twice:
-                raise InputError(f"{flag} {twice[0]}: is there twice; give it once")
+    out = config.run.out
+    if config.run.redraw:
+        with drawing_again(out):
+            _write_report(report, read_metrics(out, columns), out)
+        return
+    config.check()
+    experiment = prepare(config)
+    with RunFolder(out, config, resume=config.run.resume, inputs=experiment.inputs) as run:
+        metrics = run.write_metrics(experiment.compute(run), columns)
+    _write_report(report, metrics, out)
 
 
-def check_positive(flag: str, value: float) -> None:
-    """Raise ``InputError`` unless ``value`` is a positive number whose square float32 can hold."""
-    if not 1e-18 < value < 1e18:
-        raise InputError(f"{flag} {value:g}: expected a positive number between 1e-18 and 1e18")
-
-
-def _one_line(box: str) -> str:
-    """The message inside the box that tyro draws around an error."""
-    message = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╭╮╰╯ ")
-        if text.strip("─-"):
-            message.append(text)
-        elif message:  # without Unicode there is a rule above the message too
-            break
-    return " ".join(message) or box.strip()
+def _write_report(report: Report, metrics: pd.DataFrame, out: Path) -> None:
+    text = report(metrics, out, figures_of(out))
+    with replacing(out / "tables.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(text)
+    print(f"metrics, tables and figures: {out}")
 
 
 def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, so that a second run starts at once.
 
-    ``JAX_COMPILATION_CACHE_DIR`` names another folder.
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder. Where none can be written, none is used.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxprune" / "xla"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = cache / "jaxprune" / "xla"
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.W_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def recorded_config(config: Config, prog: str) -> Config:
     """The configuration of the run that ``config.repeat`` names, with the ``out`` of ``config``.
 
+    Flags that the record lacks, as it is of an earlier version, are as they were then.
+
     Raises:
       InputError: flags besides ``--repeat`` and ``--out``, or no run of this script there.
     """
-    given: Any = config
-    where, kept = given.repeat, {"out", "repeat"}
-    for field in dataclasses.fields(given):
-        if field.name not in kept and getattr(given, field.name) != field.default:
-            flag = field.name.replace("_", "-")
-            raise InputError(f"--{flag}: a repetition takes --repeat and --out alone")
+    given, standing = flat(config), defaults(type(config))
+    where = given["repeat"]
+    for name, value in given.items():
+        if name not in ("out", "repeat") and value != standing.get(name):
+            raise InputError(f"{flag_of(name)}: a repetition takes --repeat and --out alone")
     argv = []
-    switches = {field.name for field in dataclasses.fields(given) if field.default is True}
-    known = {field.name for field in dataclasses.fields(given)}
-    for name, value in recorded(where).configuration.items():
-        if name not in known:
+    for name, value in completed(recorded(where).configuration, type(config)).items():
+        if name not in given:
             raise InputError(
                 f"--repeat {where}: not a run of this version's {prog}: it has {name:.40}"
             )
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, list):
-            argv += [flag, *map(str, value)]
-        elif value is True:
-            argv.append(flag)
-        elif value is False and name in switches:
-            argv.append(f"--no-{flag[2:]}")
-        elif value is not None and value is not False:
-            argv.append(f"{flag}={value}")
+        argv += _as_flags(name, value, switch=standing.get(name) is True)
     try:
-        again = parse_flags(type(config), [*argv, f"--out={given.out}"], prog)
+        again = parse_flags(type(config), [*argv, f"--out={given['out']}"], prog)
     except InputError as error:
         raise InputError(f"--repeat {where}: not a run of this version's {prog}: {error}") from None
-    return dataclasses.replace(again, repeat=where)  # type: ignore[type-var]
+    return replaced(again, {"repeat": where})
+
+
+def _as_flags(name: str, value: Any, *, switch: bool) -> list[str]:
+    """A recorded value as arguments; a ``switch`` is on unless ``--no-`` says otherwise."""
+    flag = flag_of(name)
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    if value is True:
+        return [flag]
+    if value is False:
+        return [f"--no-{flag[2:]}"] if switch else []
+    return [] if value is None else [f"{flag}={value}"]
+
+
+def _continued(config: Config) -> Config:
+    """The configuration for going on with, or drawing again, what ``--out`` holds.
+
+    A property ``records`` of the configuration names the folders that may hold the record.
+    """
+    values = flat(config)
+    if not (values.get("resume") or values.get("redraw")) or "out" not in values:
+        return config
+    for folder in getattr(config, "records", (values["out"],)):
+        there = recorded_configuration(folder)
+        if there is not None:
+            return as_recorded(config, there)
+    return config
 
 
 def compare(original: Path, out: Path) -> int:
@@ -260,6 +220,86 @@ def _interrupts_kept() -> Iterator[None]:
             timer.cancel()
 
 
+@contextlib.contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """SIGTERM and SIGHUP, which would end the process amid a write, as KeyboardInterrupt.
+
+    A signal that is ignored, as ``nohup`` does, stays so.
+    """
+    before: dict[signal.Signals, Any] = {}
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in before:  # what is being written is to be cleared away undisturbed
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Output:
+    """Standard output that takes what is printed after its reader has gone, and drops it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._unread():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unread():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _unread(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # What is still in the buffer would fail again as Python exits.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _lasting_output() -> Iterator[None]:
+    """Standard streams that can be written to: closed ones lead nowhere, others may lose readers.
+
+    A stream that cannot show a character shows a question mark.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed; the lowest free number is taken
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif name == "stdout" and hasattr(stream, "reconfigure"):
+            with contextlib.suppress(ValueError, OSError):
+                stream.reconfigure(errors="replace")
+    output = cast(TextIO, _Output(sys.stdout))
+    with contextlib.redirect_stdout(output):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                output.flush()
+
+
 def run_script(
     config_type: type[Config],
     body: Callable[[Config], None],
@@ -269,41 +309,52 @@ def run_script(
     """Run a script's body on its parsed flags and return the exit status.
 
     Args:
-      config_type: frozen dataclass of flags. A field ``repeat`` names a run folder to repeat; a
-        class attribute ``memory_flags`` says which flags lower the memory needed.
-      body: does the work; raises ``InputError`` for wrong input.
+      config_type: frozen dataclass of flags. A flag ``repeat`` names a run folder to repeat; a
+        class attribute ``memory_flags`` says which flags lower the memory needed, ``earlier``
+        what flags were by default in version 0.1 (see ``configuration.as_recorded``).
+      body: does the work; raises ``InputError`` for wrong input, in which arguments of the
+        library become flags (see ``flags.in_flags``).
       argv: arguments without the program's name; ``None`` takes those of the process.
       prog: the script's name in messages.
     """
     config: Any = None
-    try:
-        config = parse_flags(config_type, argv, prog)
-        original = getattr(config, "repeat", None)
-        if original is not None:
-            config = recorded_config(config, prog)
-        use_compilation_cache()
-        with _interrupts_kept():
-            body(config)
-        status = 0 if original is None else compare(original, config.out)
-        sys.stdout.flush()  # a full disk shows here, not while Python exits
-        return status
-    except InputError as error:
-        return _failed(prog, str(error))
-    except OSError as error:
-        # The disk, its permissions or limits: what was finished is kept, nothing is half-written.
-        out = getattr(config, "out", None)
-        where = f"{error.filename}: " if error.filename else f"--out {out}: " if out else ""
-        return _failed(prog, f"{where}{error.strerror or error}{_continues(config_type, config)}")
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        flags = getattr(config_type, "memory_flags", "")
-        return _failed(prog, "out of memory" + (f"; lower {flags}" if flags else ""))
-    except KeyboardInterrupt:
-        # What JAX cleans up at exit takes a while: a second Ctrl-C would end in a traceback there.
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
-        print(f"{prog}: interrupted{_continues(config_type, config)}", file=sys.stderr)
-        return 130
+    with _lasting_output():
+        try:
+            config = parse_flags(config_type, argv, prog)
+            original = flat(config).get("repeat")
+            config = _continued(config) if original is None else recorded_config(config, prog)
+            use_compilation_cache()
+            with _ended_as_interrupted(), _interrupts_kept():
+                body(config)
+            status = 0 if original is None else compare(original, flat(config)["out"])
+            sys.stdout.flush()  # a full disk shows here, not while Python exits
+            return status
+        except InputError as error:
+            return _failed(prog, in_flags(str(error), names(config_type)))
+        except OSError as error:
+            # The disk, its permissions or limits: what was finished is kept, nothing half-written.
+            out = flat(config).get("out") if config else None
+            # Of a copy, the file that was written is the second one.
+            file = error.filename2 or error.filename
+            where = f"{file}: " if file else f"--out {out}: " if out else ""
+            return _failed(prog, f"{where}{error.strerror or error}{_continues(config)}")
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            flags = getattr(config_type, "memory_flags", "")
+            return _failed(prog, "out of memory" + (f"; lower {flags}" if flags else ""))
+        except KeyboardInterrupt:
+            # What JAX cleans up at exit takes a while: a second signal would end in a traceback.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                atexit.register(signal.signal, number, signal.SIG_IGN)
+            print(f"{prog}: interrupted{_continues(config)}", file=sys.stderr)
+            return 130
+
+
+def notice(text: str | None) -> None:
+    """Print a line on standard error, if there is one and this process is to print."""
+    if text is not None and is_writer():
+        print(f"note: {text}", file=sys.stderr)
 
 
 def _failed(prog: str, message: str) -> int:
@@ -314,8 +365,8 @@ def _failed(prog: str, message: str) -> int:
     return 2
 
 
-def _continues(config_type: type, config: Any) -> str:
+def _continues(config: Any) -> str:
     """How to go on after a stop, for scripts that can and were not only drawing."""
-    resumes = any(field.name == "resume" for field in dataclasses.fields(config_type))
-    resumes = resumes and not getattr(config, "redraw", False)
+    values = flat(config) if config else {}
+    resumes = "resume" in values and not values.get("redraw")
     return "; the same command with --resume continues" if resumes else ""

@@ -61,7 +61,7 @@ class Corpus:
 
 
 def calibration_corpus(source: str) -> Corpus:
-    """What ``--calibration`` names; of corpora with splits, the train split.
+    """A text to calibrate on; of corpora with splits, the train split.
 
     Raises:
       InputError: there is no such corpus or file.
@@ -76,7 +76,7 @@ def calibration_corpus(source: str) -> Corpus:
 
 
 def evaluation_corpus(source: str) -> Corpus:
-    """What ``--text`` names; of corpora with splits, the one that perplexities are quoted on.
+    """A text to evaluate on; of corpora with splits, the one that perplexities are quoted on.
 
     Raises:
       InputError: there is no such corpus or file.
@@ -137,22 +137,24 @@ def _readable(file: Path) -> Iterator[None]:
         raise InputError(f"{file}: cannot be read ({error})") from None
 
 
-def _open(file: Path) -> io.TextIOWrapper:
+def _open(file: Path, encoding: str = "utf-8") -> io.TextIOWrapper:
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+        return gzip.open(file, "rt", encoding=encoding)
+    return file.open(encoding=encoding)
 
 
 def _plain(file: Path) -> Iterator[str]:
     """A plain text in pieces."""
     with _readable(file), _open(file) as stream:
         while piece := stream.read(_PIECE):
+            if "\0" in piece:
+                raise InputError(f"{file}: holds null characters, which no text does")
             yield piece
 
 
 def _json_lines(file: Path) -> Iterator[str]:
-    """The ``text`` of one JSON object a line."""
-    with _readable(file), _open(file) as stream:
+    """The ``text`` of one JSON object a line; a byte-order mark before the first is no JSON."""
+    with _readable(file), _open(file, "utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 yield _document(file, number, line)
@@ -165,4 +167,10 @@ def _document(file: Path, number: int, line: str) -> str:
         text = None
     if not isinstance(text, str):
         raise InputError(f'{file}: line {number} is not a JSON object with a string "text"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{file}: line {number} holds a lone surrogate, which is no character"
+        ) from None
     return text

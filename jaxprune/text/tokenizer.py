@@ -38,8 +38,8 @@ class Tokenizer:
     """The tokenizer of a checkpoint folder, and what it says about BOS.
 
     Whether a text starts with a BOS is decided by ``add_bos_token`` of tokenizer_config.json or,
-    where that is absent, by the template in tokenizer.json. Which token it is says ``bos_token``
-    of tokenizer_config.json or, where that is absent, ``bos_token_id`` of config.json.
+    where that is absent, by the template in tokenizer.json. ``bos_token`` of tokenizer_config.json
+    says which token it is or, where that is absent, ``bos_token_id`` of config.json.
 
     Attributes:
       bos_id: id of the BOS that a text starts with; ``None`` where the model has none.
@@ -79,6 +79,11 @@ class Tokenizer:
         if named is not None:
             with _one_line_errors(f"{settings}: bos_token is no text"):
                 bos = self._tokenizer.token_to_id(str(named))
+            if bos is None and adds is not False:
+                raise InputError(
+                    f"{settings}: bos_token {named!r:.40} is not in the vocabulary; correct it, or "
+                    "set add_bos_token to false"
+                )
         else:
             bos = read_json(folder / "config.json").get("bos_token_id")
         if adds is None:

@@ -106,7 +106,7 @@ def calibration_windows(
     windows = preset.windows if windows is None else windows
     seqlen = preset.seqlen if seqlen is None else seqlen
     heldout = preset.heldout if heldout is None else heldout
-    _check_sizes(windows, seqlen)
+    check_sizes(windows, seqlen)
     if heldout < 0:
         raise InputError(f"heldout must not be negative, not {heldout}")
     corpus = corpora.calibration_corpus(preset.calibration if source in PRESETS else source)
@@ -148,9 +148,9 @@ def evaluation_windows(
     """
     preset = PRESETS.get(source, _DEFAULT)
     seqlen = preset.seqlen if seqlen is None else seqlen
-    _check_sizes(1 if windows is None else windows, seqlen)
+    check_sizes(windows, seqlen)
     if bos_per_window and tokenizer.bos_id is None:
-        raise InputError("--bos-per-window: the tokenizer of this model has no BOS")
+        raise InputError("bos_per_window: the tokenizer of this model has no BOS")
     if source == "paper":
         count = preset.heldout if windows is None else windows
         return _drawn(corpora.c4_validation(), tokenizer, count, seqlen, seed=0)
@@ -161,11 +161,12 @@ def evaluation_windows(
     return _stamped(tokens, corpus, bos)
 
 
-def _check_sizes(windows: int, seqlen: int) -> None:
-    if windows < 1:
-        raise InputError(f"--windows must be at least 1, not {windows}")
-    if seqlen < 2:
-        raise InputError(f"--seqlen must be at least 2, not {seqlen}")
+def check_sizes(windows: int | None, seqlen: int | None) -> None:
+    """Raise ``InputError`` for sizes that no text can give, before any is read."""
+    if windows is not None and windows < 1:
+        raise InputError(f"windows must be at least 1, not {windows}")
+    if seqlen is not None and seqlen < 2:
+        raise InputError(f"seqlen must be at least 2, not {seqlen}")
 
 
 def _stamped(tokens: np.ndarray, corpus: Corpus, bos: str) -> Windows:
@@ -237,7 +238,7 @@ def _drawn(corpus: Corpus, tokenizer: Tokenizer, count: int, seqlen: int, seed: 
         else:
             raise InputError(
                 f"{corpus.name}: none of {_DRAWS} documents drawn has more than {seqlen} tokens; "
-                "choose a smaller --seqlen"
+                "choose a smaller `seqlen`"
             )
         start = draw.randint(0, len(ids) - seqlen - 1)
         row[:] = ids[start : start + seqlen]

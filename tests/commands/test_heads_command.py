@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import reference
 
-from jaxprune.evaluation.comparison import METHODS
+from jaxprune.evaluation.comparison import METHODS, ON_PROJECTIONS
+from jaxprune.evaluation.heads import from_model, read_layer
 
 COLUMNS = ["layer", "head", "method", "ratio"]
 COLUMNS += ["calibration_error", "heldout_error", "stored_weights", "lam"]
@@ -57,7 +58,7 @@ def finished(heads, tmp_path_factory):
 
 
 def test_query_heads_are_paired_with_the_key_head_they_share(heads, layer):
-    problems = heads.layers.read_layer(layer())
+    problems = read_layer(layer())
     data = arrays()
     for head in range(4):
         shared = data["wk"][:, head // 2]
@@ -68,7 +69,7 @@ def test_query_heads_are_paired_with_the_key_head_they_share(heads, layer):
 
 
 def test_without_heldout_sequences_the_last_quarter_is_held_out(heads, layer, capsys):
-    problems = heads.layers.read_layer(layer(x_heldout=None))
+    problems = read_layer(layer(x_heldout=None))
     x = arrays()["x"].astype(np.float32)
     assert (problems.x == x[:3]).all()
     assert (problems.x_heldout == x[3:]).all()
@@ -76,7 +77,7 @@ def test_without_heldout_sequences_the_last_quarter_is_held_out(heads, layer, ca
 
 
 def test_single_sequences_need_no_leading_axis(heads, layer):
-    problems = heads.layers.read_layer(layer(x=arrays()["x"][0], x_heldout=arrays()["x"][1]))
+    problems = read_layer(layer(x=arrays()["x"][0], x_heldout=arrays()["x"][1]))
     assert problems.x.shape == problems.x_heldout.shape == (1, 8, D)
 
 
@@ -105,10 +106,12 @@ def keep_masks(out):
 
 def test_keep_masks_reproduce_the_errors(heads, finished):
     """Fused magnitude and Wanda leave kept weights alone, so masks and weights tell all."""
-    problems = heads.layers.read_layer(finished / "layer.npz")
+    problems = read_layer(finished / "layer.npz")
     metrics = pd.read_csv(finished / "whole" / "metrics.csv").set_index(["method", "ratio", "head"])
     masks = keep_masks(finished / "whole")
-    assert len(masks) == 4 * 2 * (len(METHODS) + 1 + 2), "two masks where both are pruned"
+    assert len(masks) == 4 * 2 * (len(METHODS) + 1 + len(ON_PROJECTIONS)), (
+        "two masks where both are pruned"
+    )
     q, k = (masks[f"wanda-0.5-layer0-head3-{side}"] for side in ("wq", "wk"))
     w = (problems.wq[3] * q) @ (problems.wk[3] * k).T
     fused = problems.w[3] * masks["fused_magnitude-0.25-layer0-head3-w"]
@@ -221,9 +224,7 @@ def test_layers_of_a_model_are_those_of_its_blocks(heads, checkpoint, text, tmp_
     query_heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     assert set(metrics["layer"]) == {1}
     assert set(metrics["head"]) == set(range(query_heads))
-    source = heads.layers.from_model(
-        str(model), str(text), windows=4, seqlen=12, heldout=2, layers=[1]
-    )
+    source = from_model(str(model), str(text), windows=4, seqlen=12, heldout=2, layers=[1])
     ((index, problems),) = source.read()
     assert index == 1
     width = problems.wq.shape[-1]
@@ -266,7 +267,7 @@ def test_the_ratio_of_equal_storage_stores_the_same(heads, d, k, ratio, expected
 
 
 def test_the_example_is_a_head_of_a_real_window(heads, finished):
-    problems = heads.layers.read_layer(finished / "layer.npz")
+    problems = read_layer(finished / "layer.npz")
     with np.load(finished / "whole" / "attention.npz") as file:
         found = {name: file[name] for name in file.files}
     masks = keep_masks(finished / "whole")
@@ -283,7 +284,7 @@ def refuse(heads, capsys, tmp_path, *arguments):
     status = heads.main([*map(str, arguments), "--out", str(out)])
     shown = capsys.readouterr()
     assert status == 2
-    assert shown.err.startswith("llama_heads.py: error: ")
+    assert shown.err.startswith("jaxprune heads: error: ")
     assert shown.err.count("\n") == 1
     assert not out.exists()
     return shown.err
@@ -346,7 +347,7 @@ def test_a_file_that_is_not_an_npz_is_one_line(heads, capsys, tmp_path, kind):
     path.write_bytes(damaged()[kind])
     message = refuse(heads, capsys, tmp_path, "--input", path)
     assert f"--input {path}: not a" in message
-    assert message.endswith("; expected x, wq, wk as in --help\n")
+    assert message.endswith("; expected the arrays x, wq and wk\n")
 
 
 def test_an_array_of_objects_is_not_unpickled(heads, capsys, tmp_path, layer):
@@ -365,9 +366,11 @@ def test_an_array_of_objects_is_not_unpickled(heads, capsys, tmp_path, layer):
         (["--ratios", "1.5"], "--ratios 1.5"),
         (["--ratios", "2:0"], "2:0"),
         (["--ratios"], "--ratios"),
-        (["--methods", "best"], "--methods best: expected some of algorithm1, wanda"),
+        (["--methods", "best"], "--methods best: expected some of algorithm1, "),
         (["--methods"], "--methods"),
         (["--head-batch", "0"], "--head-batch"),
+        (["--layers", "0"], "--layers: has no effect with --input"),
+        (["--windows", "3"], "--windows: has no effect with --input"),
         (["--steps", "0"], "--steps"),
         (["--batch-size", "0"], "--batch-size"),
         (["--nothing"], "--nothing"),

@@ -102,7 +102,7 @@ def test_a_broken_checkpoint_is_one_line_and_status_2(
     damage(folder)
     status, out, err = run(main, capsys, "--model", folder, "--text", text, "--seqlen", 32)
     assert (status, out, len(err)) == (2, [], 1)
-    assert err[0].startswith("perplexity.py: error: ")
+    assert err[0].startswith("jaxprune perplexity: error: ")
     assert named in err[0]
 
 

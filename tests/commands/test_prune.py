@@ -276,7 +276,7 @@ def test_an_unknown_dtype_is_refused(prune, checkpoint, text, tmp_path, capsys):
 def test_a_termination_amid_the_last_write_leaves_nothing(
     prune, checkpoint, text, tmp_path, monkeypatch, capsys
 ):
-    from jaxprune.commands import prune as command
+    from jaxprune.pipeline import checkpoint as command
 
     def terminated(model, source, folder):
         (folder / "model.safetensors").write_bytes(b"half")

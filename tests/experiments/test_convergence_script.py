@@ -83,7 +83,7 @@ def test_interrupted_run_continues_and_redraws(convergence, toy, capsys):
         (["--lam", "0"], "--lam 0"),
         (["--n", "0"], "--n 0"),
         (["--steps", "1"], "--steps 1"),
-        (["--layers", "99"], "--layers 99: the model has layers"),
+        (["--layers", "99"], "--layers 99: the model has blocks"),
         (["--model", "nowhere/at-all"], "nowhere"),
     ],
 )

@@ -66,7 +66,7 @@ def test_what_takes_too_long_or_too_much_is_refused_beforehand(
     message = refuse(fused, capsys, tmp_path, *arguments, "--max-hours", "1e-9")
     assert "operations, about" in message
     assert "--max-hours" in message
-    monkeypatch.setattr(fused.layers, "available_memory", lambda: 1000)
+    monkeypatch.setattr(fused, "available_memory", lambda: 1000)
     assert "GiB are free" in refuse(fused, capsys, tmp_path, *arguments)
 
 

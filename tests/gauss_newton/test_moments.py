@@ -246,14 +246,14 @@ import json
 import jax, jax.numpy as jnp, numpy as np
 from jaxprune.attention import AttentionForm
 from jaxprune.gauss_newton import query_key_moments
-from jaxprune.sharding import split_windows, use_mesh, whole
+from jaxprune.sharding import split_windows, use_mesh, gather
 keys = jax.random.split(jax.random.key(0), 3)
 x = np.asarray(jax.random.normal(keys[0], (16, 9, 8)))
 wq, wk = (np.asarray(jax.random.normal(k, (8, h, 4))) for k, h in zip(keys[1:], (8, 8)))
 rope = jnp.array([1.0, 0.1])
 def moments():
     found = query_key_moments(split_windows(jnp.asarray(x)), wq, wk, form=AttentionForm(rope))
-    return [whole(a) for a in jax.tree.leaves(found)]
+    return [gather(a) for a in jax.tree.leaves(found)]
 one = moments()
 worst = []
 for shape in ("2x4",):

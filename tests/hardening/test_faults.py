@@ -22,6 +22,8 @@ import pytest
 from jaxprune.errors import InputError
 from jaxprune.runs import folder as runs
 from jaxprune.runs import script as cli
+from jaxprune.runs.configuration import names
+from jaxprune.runs.flags import Flag
 
 REPOSITORY = Path(__file__).parents[2]
 RESUMES = "the same command with --resume continues"
@@ -32,7 +34,7 @@ class Settings:
     """Of a run that does nothing."""
 
     out: Path = Path("out")
-    resume: cli.Flag = False
+    resume: Flag = False
 
 
 @pytest.fixture
@@ -361,7 +363,7 @@ def test_no_memory_is_one_line_that_names_the_flag(script, name, error, capsys):
     assert shown.startswith(f"{name}.py: error: out of memory; lower --")
     assert shown.count("\n") == 1
     for flag in (word for word in shown.replace(",", " ").split() if word.startswith("--")):
-        assert flag[2:].rstrip(";").replace("-", "_") in config.__dataclass_fields__
+        assert flag[2:].rstrip(";").replace("-", "_") in names(config)
 
 
 def test_other_errors_of_the_device_are_defects():
@@ -386,7 +388,7 @@ class TestRepeat:
         model = checkpoint("untied_gqa")
         (model / "text.txt").write_text("the cat sat on the mat. " * 40)
         flags = ["--model", model, "--calibration", model / "text.txt", "--windows", "2"]
-        flags += ["--seqlen", "16", "--heldout", "1", "--method", "wanda", "--no-propagate"]
+        flags += ["--seqlen", "16", "--heldout", "1", "--method", "wanda", "--batch", "4"]
         prune = script("prune").main
         assert prune([*map(str, flags), "--out", str(tmp_path / "out")]) == 0
         again = ["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again")]
@@ -435,7 +437,7 @@ class TestRepeat:
         file = tmp_path / "out" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"help": True}))
         assert heads(["--repeat", str(tmp_path / "out"), "--out", str(tmp_path / "again")]) == 2
-        assert "not a run of this version's llama_heads.py: it has help" in capsys.readouterr().err
+        assert "not a run of this version's jaxprune heads: it has help" in capsys.readouterr().err
 
     def test_another_scripts_run_is_not_repeated(self, script, heads, layer, tmp_path, capsys):
         assert heads(heads_flags(layer, tmp_path / "out")) == 0

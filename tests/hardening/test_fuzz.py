@@ -5,14 +5,15 @@ was read is as it was. Shapes are few, so that nothing is compiled twice.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
 import math
+import re
 import shutil
 import struct
 import zipfile
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxprune.runs import folder as runs
+from jaxprune import storage
 from jaxprune.runs import plotting
+from jaxprune.runs.configuration import Group
 
 JUNK = st.one_of(
     st.none(),
@@ -446,7 +448,7 @@ def test_layers_in_damaged_and_in_locked_archives(mains, place):
 
 def test_a_layer_of_zeros_larger_than_the_machine(mains, place, monkeypatch):
     """It unpacks, bit by bit, until nothing is left: refused by the sizes that it names."""
-    monkeypatch.setattr(runs, "_memory", lambda: 2**20)
+    monkeypatch.setattr(storage, "_memory", lambda: 2**20)
     np.savez_compressed(anew(place) / "layer.npz", **layer_arrays(), more=np.zeros(2**18))
     assert heads(mains, place) == 2
 
@@ -599,14 +601,25 @@ def test_no_script_prints_a_traceback_for_an_unreadable_input(mains, place):
     assert ends_well(mains["llama_heads"], argv, place)[0] == 2
 
 
+def kinds(config):
+    """Types of all flags, as text, by name."""
+    found = {}
+    for name, kind in get_type_hints(config, include_extras=False).items():
+        if isinstance(kind, type) and issubclass(kind, Group):
+            found |= kinds(kind)
+        else:
+            found[name] = str(kind)
+    return found
+
+
 @pytest.mark.parametrize("name", ["synthetic", "convergence", "train_zoo", "prune", "llama_heads"])
 def test_absurd_numbers_are_refused_by_every_flag_that_takes_one(script, place, capsys, name):
     module = script(name)
     config = next(v for v in vars(module).values() if hasattr(v, "memory_flags"))
     numbers = {
-        field.name.replace("_", "-"): ["9" * 30] * (2 if "int, int" in str(field.type) else 1)
-        for field in dataclasses.fields(config)
-        if "int" in str(field.type)
+        name.replace("_", "-"): ["9" * 30] * (2 if "int, int" in kind else 1)
+        for name, kind in kinds(config).items()
+        if re.search(r"\bint\b", kind)
     }
     assert len(numbers) >= 3
     for flag, values in numbers.items():

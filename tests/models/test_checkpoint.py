@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -17,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxprune.errors import InputError
 from jaxprune.models import llama
-from jaxprune.models.llama.checkpoint import write_new
-from jaxprune.models.llama.files import TensorFiles
+from jaxprune.models.llama.checkpoint import context_note, write_new
+from jaxprune.models.llama.files import TensorFiles, check_outside
 from jaxprune.storage import check_new_folder
 
 CASES = ["tied_mha", "untied_gqa", "rope_parameters", "sharded", "bfloat16", "float16"]
@@ -176,10 +177,73 @@ def test_harmless_tensors_are_ignored_and_kept(checkpoint, tmp_path):
         llama.load(folder)
 
 
-def test_the_embedding_says_how_many_tokens_there_are(checkpoint):
+def test_the_embedding_says_how_many_tokens_there_are(checkpoint, tmp_path):
     folder = checkpoint()
     edit(folder / "config.json", vocab_size=39)
     assert llama.load(folder).config.vocab_size == 40
+    llama.save(llama.load(folder), folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == json.loads((folder / "config.json").read_text()) | {"vocab_size": 40}
+
+
+@pytest.mark.parametrize("value", [0, -1, "64", 1.5, True])
+def test_a_context_that_cannot_be_is_refused(checkpoint, value):
+    folder = checkpoint()
+    edit(folder / "config.json", max_position_embeddings=value)
+    with pytest.raises(InputError, match="max_position_embeddings must be a whole number"):
+        llama.load_config(folder)
+
+
+def test_windows_beyond_the_context_are_noted(checkpoint):
+    folder = checkpoint()
+    assert context_note(folder, 64) is None
+    assert context_note(folder, 65) == (
+        "windows of 65 tokens are longer than the model's context, 64"
+    )
+    content = json.loads((folder / "config.json").read_text())
+    del content["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(content))
+    assert context_note(folder, 10**6) is None
+
+
+def test_a_tensor_that_is_there_twice_is_refused(checkpoint):
+    file = checkpoint() / "model.safetensors"
+    whole = file.read_bytes()
+    (size,) = struct.unpack("<Q", whole[:8])
+    header = whole[8 : 8 + size]
+    name, entry = next(item for item in json.loads(header).items() if "q_proj" in item[0])
+    header = f'{{"{name}":{json.dumps(entry)},'.encode() + header[1:]
+    file.write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + size :])
+    with pytest.raises(InputError, match=r"model\.safetensors: holds 'model.*q_proj.*' twice"):
+        llama.load_config(file.parent)
+
+
+def test_a_tensor_in_two_shards_is_refused(checkpoint):
+    folder = checkpoint("sharded")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    name = next(n for n, f in index["weight_map"].items() if f == files[0].name)
+    rewritten = load_file(files[1]) | {name: load_file(files[0])[name]}
+    save_file(rewritten, files[1])
+    with pytest.raises(InputError, match=f"holds '{name}' twice, in {files[1].name}"):
+        llama.load_config(folder)
+
+
+def test_a_folder_in_the_place_of_the_weights_is_called_one(checkpoint):
+    folder = checkpoint()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(InputError, match=r"model\.safetensors: is a folder, expected"):
+        llama.load_config(folder)
+
+
+def test_a_new_checkpoint_is_not_inside_its_source(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    for out in ("model/new", "link/a/b", "model"):
+        with pytest.raises(InputError, match="is inside the folder of the model"):
+            check_outside(tmp_path / out, tmp_path / "model")
+    check_outside(tmp_path / "model-new", tmp_path / "model")
 
 
 def edit(file, **changes):
@@ -236,7 +300,7 @@ BROKEN = {
     "binary config": (
         "untied_gqa",
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"),
-        "not valid JSON",
+        "begins with a byte-order mark",
     ),
     "bias": (
         "untied_gqa",

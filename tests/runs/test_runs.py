@@ -122,7 +122,7 @@ def test_an_interrupted_part_is_never_seen(tmp_path):
 def test_a_run_is_not_overwritten_unless_resumed(tmp_path):
     with RunFolder(tmp_path, Settings()):
         pass
-    with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
+    with pytest.raises(ValueError, match="holds a run already; resume=True continues it"):
         RunFolder(tmp_path, Settings()).__enter__()
     with RunFolder(tmp_path, Settings(out=tmp_path, resume=True), resume=True):
         pass
@@ -132,7 +132,7 @@ def test_a_run_is_not_continued_with_other_settings(tmp_path):
     with RunFolder(tmp_path, Settings()):
         pass
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
-    with pytest.raises(ValueError, match=r"holds a run with --steps 3, not 4; choose another"):
+    with pytest.raises(ValueError, match=r"holds a run with steps=3, not 4; choose another"):
         RunFolder(tmp_path, Settings(steps=4), resume=True).__enter__()
     after = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
     assert before == after
@@ -163,10 +163,10 @@ def test_the_lock_is_free_after_an_error(tmp_path):
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):
     for out in unwritable(tmp_path):
-        with pytest.raises(ValueError, match=f"--out {out}: cannot write there"):
+        with pytest.raises(ValueError, match=f"out {out}: cannot write there"):
             RunFolder(out, Settings()).__enter__()
-        with pytest.raises(ValueError, match=f"--cache {out}: cannot write there"):
-            check_writable(out, "--cache")
+        with pytest.raises(ValueError, match=f"cache {out}: cannot write there"):
+            check_writable(out, "cache")
     assert files(tmp_path) == ["file"]
 
 
@@ -304,7 +304,7 @@ def test_damaged_parts_are_named_with_the_remedy(kept, content):
     run, rows, _ = kept
     rows.write_text(content)
     for read in (lambda: run.part("a", list), lambda: run.part_arrays("a")):
-        with pytest.raises(InputError, match=rf"{rows}: damaged.*delete it, and --resume"):
+        with pytest.raises(InputError, match=rf"{rows}: damaged.*delete it, and resume=True"):
             read()
 
 
@@ -348,3 +348,68 @@ def test_damaged_arrays_of_a_part_are_named_with_the_remedy(kept):
     arrays.unlink()
     with pytest.raises(InputError, match=r"No such file.*delete .*a\.json too"):
         run.part_arrays("a")
+
+
+def test_a_part_that_is_a_folder_is_named_with_the_remedy(kept):
+    run, rows, _ = kept
+    rows.unlink()
+    rows.mkdir()
+    with pytest.raises(InputError, match=r"a\.json: cannot be read .*delete it, and resume=True"):
+        run.part("a", list)
+
+
+def test_a_folder_and_a_link_to_it_are_one(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with (
+        RunFolder(tmp_path / "real", Settings()),
+        pytest.raises(InputError, match="another run is writing there"),
+    ):
+        RunFolder(tmp_path / "link", Settings(), resume=True).__enter__()
+    with RunFolder(tmp_path / "link", Settings(), resume=True) as run:
+        assert run.path == tmp_path / "link"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="is a link to itself"):
+        RunFolder(tmp_path / "loop", Settings()).__enter__()
+
+
+def test_a_new_run_through_a_link_that_fails_is_taken_away(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+
+    def fail():
+        with RunFolder(tmp_path / "link", Settings()):
+            raise InputError("wrong")
+
+    with pytest.raises(InputError, match="wrong"):
+        fail()
+    assert not (tmp_path / "real").exists()
+
+
+def test_environments_of_resumed_runs_are_kept(tmp_path, monkeypatch):
+    for argv in (["a"], ["b"], ["b"], ["c"]):
+        monkeypatch.setattr("sys.argv", argv)
+        with RunFolder(tmp_path, Settings(), resume=True) as run:
+            pass
+    assert recorded(tmp_path).environment == run.environment
+    assert run.environment["command"] == ["c"]
+    assert [each["command"] for each in run.environment["before"]] == [["a"], ["b"]]
+    (tmp_path / "environment.json").write_text("{")
+    with RunFolder(tmp_path, Settings(), resume=True) as run:
+        assert "before" not in run.environment
+
+
+def test_what_a_killed_write_left_is_swept(tmp_path):
+    with RunFolder(tmp_path, Settings()) as run:
+        run.part("a", lambda: [{"error": 1}])
+    (tmp_path / "parts" / ".b-abcd_123.partial.json").write_text("{")
+    with RunFolder(tmp_path, Settings(), resume=True):
+        assert files(tmp_path / "parts") == ["a.json"]
+
+
+def test_a_hidden_folder_is_not_called_by_the_name_of_an_argument(tmp_path):
+    settings = Settings(out=tmp_path / "out")
+    with RunFolder(tmp_path / ".out.work", settings):
+        pass
+    with pytest.raises(InputError, match=rf"^{tmp_path}/\.out\.work holds a run already"):
+        RunFolder(tmp_path / ".out.work", settings).__enter__()

@@ -2,16 +2,20 @@
 
 import contextlib
 import io
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import pytest
 
 from jaxprune.errors import InputError
-from jaxprune.runs.script import Flag, run_script, use_compilation_cache
+from jaxprune.runs import flags
+from jaxprune.runs.flags import Flag
+from jaxprune.runs.script import run_script, use_compilation_cache
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,7 @@ class Config:
     """fraction removed"""
     k: tuple[int, ...] = (16, 64)
     """widths of a head"""
-    out: Path = Path("runs/x")
-    """folder of the run"""
-    resume: Flag = False
-    """go on"""
+    run: Annotated[flags.Folder, flags.RUN] = field(default=flags.Folder(out=Path("runs/x")))
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def run(capsys, monkeypatch):
 
 def test_flags_become_the_dataclass(run):
     argv = ["--ratio", "0.25", "--k", "8", "32", "--out", "there", "--resume"]
-    expected = Config(ratio=0.25, k=(8, 32), out=Path("there"), resume=True)
+    expected = Config(0.25, (8, 32), flags.Folder(out=Path("there"), resume=True))
     assert run(argv) == (0, [expected], "", "")
     assert run([]) == (0, [Config()], "", "")
 
@@ -128,7 +129,7 @@ def test_an_interruption_says_how_to_go_on_and_is_status_130(run):
 def test_a_second_interruption_does_not_disturb_the_exit(tmp_path):
     code = """
 import atexit, os, signal, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from jaxprune.runs.script import run_script
 
 @dataclass(frozen=True)
@@ -215,3 +216,84 @@ def test_a_cache_folder_named_by_the_user_is_left_alone(monkeypatch, cache_setti
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_full_disk_is_named_by_what_is_written(run):
+    """A copy that fails names what is read first."""
+
+    def body(config):
+        raise OSError(28, "No space left on device", "model/in", None, "small/out")
+
+    err = run([], body)[3]
+    assert err.startswith("tool.py: error: small/out: No space left on device; ")
+
+
+def test_a_cache_that_cannot_be_written_is_not_used(monkeypatch, tmp_path, cache_settings):
+    before = jax.config.jax_compilation_cache_dir
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_an_error_of_the_library_names_the_flag(run):
+    def body(config):
+        raise InputError("out there: holds a run already; resume=True continues it")
+
+    shown = "tool.py: error: --out there: holds a run already; --resume continues it\n"
+    assert run([], body)[3] == shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_termination_is_an_interruption(run, number):
+    cleared = []
+
+    def body(config):
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)  # once more, amid what is cleared away
+            cleared.append(True)
+
+    before = signal.signal(number, signal.SIG_DFL)
+    status, _, _, err = run([], body)
+    assert (status, cleared) == (130, [True])
+    assert err == "tool.py: interrupted; the same command with --resume continues\n"
+    assert signal.signal(number, before) is signal.SIG_DFL
+
+
+PRINTING = """
+import sys
+from dataclasses import dataclass
+from jaxprune.runs.script import run_script
+
+@dataclass(frozen=True)
+class Config:
+    "Nothing."
+
+def body(config):
+    for line in range(20_000):
+        print("line", line)
+    open("done", "w").close()
+
+sys.exit(run_script(Config, body, sys.argv[1:], "tool.py"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "{python} tool.py >&-",
+        "{python} tool.py >&- 2>&-",
+        "{python} tool.py | head -1 > /dev/null; exit ${{PIPESTATUS[0]}}",
+        "{python} tool.py --help | head -1 > /dev/null; touch done; exit ${{PIPESTATUS[0]}}",
+    ],
+)
+def test_output_that_nobody_reads_is_no_error(tmp_path, command):
+    (tmp_path / "tool.py").write_text(PRINTING)
+    shell = ["bash", "-c", command.format(python=sys.executable)]
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "done").exists()

@@ -52,8 +52,15 @@ def test_who_says_that_there_is_a_bos(checkpoint):
     assert configure(folder, bos_token="<s>", add_bos_token=False).bos_id is None
     assert configure(folder, bos_token="</s>").bos_id is None, "the template puts <s> in front"
     assert configure(folder, bos_token="</s>", add_bos_token=True).bos_id == 2
+    for more in ({"add_bos_token": True}, {}):
+        with pytest.raises(InputError, match="bos_token 'nothing' is not in the vocabulary"):
+            configure(folder, bos_token="nothing", **more)
+    assert configure(folder, bos_token="nothing", add_bos_token=False).bos_id is None
+    settings = json.loads((folder / "config.json").read_text())
+    settings.pop("bos_token_id", None)
+    (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="no bos_token is named"):
-        configure(folder, bos_token="nothing", add_bos_token=True)
+        configure(folder, add_bos_token=True)
 
 
 def test_a_tokenizer_that_is_missing_broken_or_of_another_model(checkpoint):
@@ -111,7 +118,7 @@ def test_without_a_bos_windows_are_text_alone(checkpoint, text):
     windows = data.evaluation_windows(str(text), tokenizer, seqlen=16)
     np.testing.assert_array_equal(windows.tokens.ravel(), ids[:992])
     assert chosen.protocol["bos"] == windows.protocol["bos"] == "none"
-    with pytest.raises(InputError, match="--bos-per-window"):
+    with pytest.raises(InputError, match="bos_per_window"):
         data.evaluation_windows(str(text), tokenizer, bos_per_window=True)
 
 
@@ -161,7 +168,9 @@ BROKEN = {
     "nothing.jsonl": (b'{"text": "a"}\n{"body": "a"}', "line 2 is not"),
     "number.jsonl": (b'{"text": 3}', "line 1 is not"),
     "half.jsonl": (b'{"text": "a', "line 1 is not"),
-    "surrogate.jsonl": (rb'{"text": "\ud800"}', "surrogates"),
+    "surrogate.jsonl": (b'{"text": "a"}\n{"text": "\\ud800"}', "jsonl: line 2 holds a lone"),
+    "null.txt": (b"\0" * 200, "holds null characters, which no text does"),
+    "mark.jsonl": (b'\xef\xbb\xbf{"text": "abc"}', "has 3 tokens, but"),
     "plain.json.gz": (b'{"text": "a"}', "cannot be read"),
     "truncated.txt.gz": (gzip.compress(b"abc" * 99)[:-12], "cannot be read"),
 }
@@ -181,9 +190,9 @@ def test_requests_that_make_no_sense(tokenizer, text, tmp_path):
         with pytest.raises(InputError, match="no such file; give zoo, c4, wikitext2"):
             data.evaluation_windows(source, tokenizer)
     for function in (data.calibration_windows, data.evaluation_windows):
-        with pytest.raises(InputError, match="--windows must be at least 1"):
+        with pytest.raises(InputError, match="windows must be at least 1"):
             function(str(text), tokenizer, windows=0)
-        with pytest.raises(InputError, match="--seqlen must be at least 2"):
+        with pytest.raises(InputError, match="seqlen must be at least 2"):
             function(str(text), tokenizer, seqlen=1)
         with pytest.raises(InputError, match="has 1000 tokens, but"):
             function(str(text), tokenizer, windows=10**9)

@@ -25,7 +25,7 @@ from safetensors.numpy import save as save_tensors
 
 from jaxprune.errors import InputError
 from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.models.llama.files import SINGLE_FILE, TensorFiles, changing, copy_carried
+from jaxprune.models.llama.files import SINGLE_FILE, TensorFiles, copy_carried, patch_tensors
 from jaxprune.models.llama.modeling import BlockWeights, Llama, block_shapes, rotary_layers
 from jaxprune.storage import new_folder, read_json, write_json
 
@@ -98,6 +98,14 @@ def load_config(folder: Path) -> LlamaConfig:
     return _match(folder)[0]
 
 
+def context_note(folder: Path, seqlen: int) -> str | None:
+    """A line for a user whose windows are longer than a checkpoint's context, else ``None``."""
+    context = read_json(folder / "config.json").get("max_position_embeddings")
+    if context is None or seqlen <= context:
+        return None
+    return f"windows of {seqlen} tokens are longer than the model's context, {context}"
+
+
 def load(folder: Path, dtype: DTypeLike = jnp.float32) -> Llama:
     """The model in a checkpoint folder (see ``files.locate`` for names of other kinds).
 
@@ -147,7 +155,8 @@ def write_weights(model: Llama, source: Path, folder: Path) -> None:
 
     Names, types, shards and headers are those of the source, and so is every entry of a weight
     that the model still has as it was loaded: bit for bit, even where the model computes in a
-    narrower type. config.json and the tokenizer are copied.
+    narrower type. config.json and the tokenizer are copied; a ``vocab_size`` that is not that of
+    the embedding is corrected.
 
     Raises:
       InputError: the model is not of the source's shape.
@@ -156,10 +165,13 @@ def write_weights(model: Llama, source: Path, folder: Path) -> None:
     if config != model.config:
         raise InputError(f"{source}: its settings are not those of the model to save")
     copy_carried(source, folder)
+    settings = read_json(source / "config.json")
+    if settings["vocab_size"] != config.vocab_size:
+        write_json(folder / "config.json", settings | {"vocab_size": config.vocab_size})
     for file in files.files:
         copy = folder / file.name
         shutil.copyfile(file, copy)
-        with changing(copy) as replace:
+        with patch_tensors(copy) as replace:
             for name, place in places.items():
                 if files.tensors[name].file == file:
                     stored = files.read(name)

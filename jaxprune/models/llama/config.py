@@ -90,6 +90,9 @@ class LlamaConfig:
         """
         fields = families.read(content)
         _check_fields(fields)
+        context = content.get("max_position_embeddings")
+        if context is not None:
+            check_size("max_position_embeddings", context, 2**31)
         floats = {field: float(fields[field]) for field in ("rms_norm_eps", "rope_theta")}
         return cls(**fields | floats)
 

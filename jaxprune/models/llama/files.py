@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from jaxprune import hub
 from jaxprune.errors import InputError
 from jaxprune.models.zoo import ZOO
-from jaxprune.storage import hashes, read_json
+from jaxprune.storage import first_repeated, hashes, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -114,6 +114,13 @@ class TensorFiles:
             if name not in headers[file]:
                 raise InputError(f"{file}: lacks {name}, which {INDEX_FILE} says it holds")
             tensors[name] = headers[file][name]
+        for file, header in headers.items():
+            for name in header:
+                if name in tensors and tensors[name].file != file:
+                    raise InputError(
+                        f"{folder}: holds {name!r:.80} twice, in {file.name} and in "
+                        f"{tensors[name].file.name}; fetch the checkpoint anew"
+                    )
         return cls(folder, tensors)
 
     def read(self, name: str) -> np.ndarray:
@@ -144,12 +151,32 @@ def _inside(folder: Path, entry: Any) -> Path:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
+    if file.is_dir():
+        raise InputError(f"{file}: is a folder, expected a safetensors file")
     with _opened(file) as tensors:
+        _check_names(file)
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         return {
             name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
             for name, part in slices.items()
         }
+
+
+def _check_names(file: Path) -> None:
+    """Raise ``InputError`` where a tensor is there twice, of which readers take one or the other.
+
+    The header is one that safetensors has read.
+    """
+
+    def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = first_repeated(name for name, _ in pairs)
+        if twice is not None:
+            raise InputError(f"{file}: holds {twice!r:.80} twice; fetch it anew")
+        return dict(pairs)
+
+    with file.open("rb") as stream:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        json.loads(stream.read(size), object_pairs_hook=named_once)
 
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:
@@ -170,8 +197,17 @@ def _opened(file: Path) -> Iterator[Any]:
         raise InputError(f"{file}: not a whole safetensors file ({error}); fetch it anew") from None
 
 
+def check_outside(out: Path, source: Path) -> None:
+    """Raise ``InputError`` for a new folder inside the folder of the checkpoint it is made from."""
+    home = Path(source).resolve()
+    if home == Path(out).resolve() or home in Path(out).resolve().parents:
+        raise InputError(
+            f"out {out}: is inside the folder of the model, {source}; choose another folder"
+        )
+
+
 @contextlib.contextmanager
-def changing(file: Path) -> Iterator[Any]:
+def patch_tensors(file: Path) -> Iterator[Any]:
     """Yield ``replace(name, tensor)``, which overwrites a tensor of a safetensors file in place.
 
     The layout of the file, its header and all other bytes stay.
