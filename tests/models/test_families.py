@@ -13,7 +13,7 @@ from jaxprune.methods.query_key import (
     QueryKeySettings,
     head_errors,
     prune_query_key,
-    query_key_descent,
+    query_key_refit,
 )
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import abstract_model
@@ -82,8 +82,8 @@ def test_the_gradient_is_that_of_attention_as_the_block_computes_it(x64, form):
 
     dense, data = (weights.wq, weights.wk), {"x": x, "x0": x}
     form = attention_form(weights, config)
-    context = QueryKeyContext(form, dense, None, importance=())
-    objective = query_key_descent(dense, context, settings_of(config)).objective
+    context = QueryKeyContext(form, dense, None)
+    objective = query_key_refit(dense, context, settings_of(config)).objective
     draw = np.random.default_rng(2)
     pruned = tuple(w * (draw.uniform(size=w.shape) < 0.5) for w in dense)
     # What curvature is measured on.
