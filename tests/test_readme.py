@@ -33,8 +33,8 @@ def called(word):
     """Scripts with their flags, on any page."""
     for page, text in PAGES.items():
         for command in commands(text):
-            scripts = [c for c in command if re.fullmatch(word, c)]
-            if scripts:
+            scripts = [c for c in command[:3] if re.fullmatch(word, c)]
+            if scripts and "pip" not in command:
                 flags = command[command.index(scripts[0]) + 1 :]
                 yield pytest.param(scripts[0], flags, id=f"{page}: {' '.join(command)[-60:]}")
 
@@ -70,15 +70,18 @@ def test_the_examples_run(printed):
 @pytest.mark.slow
 def test_the_checkpoint_of_the_example_is_written(printed):
     names, outputs = printed
-    rows = [line.split() for line in outputs[3].splitlines()]
-    assert [(int(block), float(kept)) for block, kept, _ in rows] == [(i, 0.5) for i in range(6)]
+    assert outputs[3].startswith("pruned: 0.5000 of the pruned matrices is zero")
+    assert names["report"].achieved_sparsity == {"wq": [0.5] * 6, "wk": [0.5] * 6}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names["files"])
 
 
-@pytest.mark.parametrize(("path", "flags"), list(called(r"(?:experiments|tools)/\w+\.py")))
+@pytest.mark.parametrize(("path", "flags"), list(called(r"(?:experiments|tools)/\w+\.py|jaxprune")))
 def test_commands_have_flags_that_exist(script, path, flags):
-    module = script(Path(path).stem)
-    config = getattr(module, CONFIGS.get(Path(path).stem, "Config"))
+    name = Path(path).stem
+    if path == "jaxprune":
+        name, *flags = flags
+        name = {"heads": "llama_heads"}.get(name, name)
+    config = getattr(script(name), CONFIGS.get(name, "Config"))
     parsed = parse_flags(config, flags, path)
     if hasattr(parsed, "check") and flat(parsed).get("repeat") is None:
         parsed.check()
