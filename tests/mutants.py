@@ -22,6 +22,11 @@ TESTS = {
     "objective.py": ["tests/test_objective.py"],
     "attention.py": ["tests/test_attention.py", "tests/test_objective.py"],
     "sparsity.py": ["tests/test_sparsity.py"],
+    "importance.py": ["tests/test_importance.py", "tests/baselines"],
+    "allocation.py": ["tests/test_allocation.py"],
+    "gauss_newton/moments.py": ["tests/gauss_newton/test_moments.py"],
+    "gauss_newton/residuals.py": ["tests/gauss_newton/test_moments.py"],
+    "gauss_newton/admm.py": ["tests/gauss_newton/test_kronecker_admm.py"],
     "baselines/magnitude.py": ["tests/baselines/test_magnitude.py", "tests/baselines"],
     "baselines/wanda.py": ["tests/baselines/test_wanda.py", "tests/baselines"],
     "baselines/sparsegpt.py": ["tests/baselines/test_sparsegpt.py", "tests/baselines"],
@@ -100,7 +105,7 @@ MUTANTS = [
         "jnp.abs(w.astype(accumulation_dtype(w)))",
         "w.astype(accumulation_dtype(w))",
     ),
-    Mutant("baselines/wanda.py", "per_sequence.mean(axis=0)", "per_sequence.max(axis=0)"),
+    Mutant("importance.py", "per_sequence.mean(axis=0)", "per_sequence.max(axis=0)"),
     Mutant("baselines/sparsegpt.py", "(rows / diagonal) ** 2", "(rows * diagonal) ** 2"),
     Mutant("baselines/sparsegpt.py", "(value - pruned) / u[i, i]", "(value - pruned)"),
     Mutant(
@@ -112,6 +117,35 @@ MUTANTS = [
     Mutant("baselines/sparsegpt.py", "/ wide.shape[0]", "/ 1"),
     Mutant("baselines/sparsegpt.py", "jnp.maximum(state.damping, 1e-3) * 10", "state.damping"),
     Mutant("baselines/sparsegpt.py", "jnp.where(dead[:, None], 0, weight)", "weight"),
+    # Curvature, its solver, the budget.
+    Mutant(
+        "gauss_newton/moments.py", "if form.weighted else rows", "if not form.weighted else rows"
+    ),
+    Mutant("gauss_newton/moments.py", "omega[:, None] * x, x)", "x, x)"),
+    Mutant("gauss_newton/moments.py", "rows[:, None, None] * blocks, blocks)", "blocks, blocks)"),
+    Mutant("gauss_newton/moments.py", "sums.outputs / count", "sums.outputs"),
+    Mutant("gauss_newton/moments.py", "(1 - 2 * bits", "(2 - 2 * bits"),
+    Mutant("gauss_newton/moments.py", "jax.random.fold_in(key, index)", "key"),
+    Mutant("gauss_newton/residuals.py", "** (-0.5 * self.balance)", "** (0.5 * self.balance)"),
+    Mutant("gauss_newton/residuals.py", "self.heads) * self.scale", "self.heads)"),
+    Mutant(
+        "gauss_newton/admm.py", "state.dual + rho * (x - sparse)", "state.dual - rho * (x - sparse)"
+    ),
+    Mutant("gauss_newton/admm.py", "/ (eigenvalues + rho)", "/ (eigenvalues + 1)"),
+    Mutant("gauss_newton/admm.py", "candidate = x + state.dual / rho", "candidate = x"),
+    Mutant(
+        "gauss_newton/admm.py", "return 0.5 * jnp.sum((x - target)", "return jnp.sum((x - target)"
+    ),
+    Mutant("gauss_newton/admm.py", "refined / jnp.where(seen, scale, 1)", "refined"),
+    Mutant("gauss_newton/admm.py", "jnp.where(live, w.astype(kind), 0)", "w.astype(kind)"),
+    Mutant("gauss_newton/admm.py", "better = other < best", "better = other > best"),
+    Mutant(
+        "gauss_newton/admm.py",
+        "residual = jnp.where(kept, product(target - first), 0)",
+        "residual = product(target - first)",
+    ),
+    Mutant("allocation.py", "missing = drop - int(here.sum())", "missing = 0"),
+    Mutant("allocation.py", "np.clip(below, least[:, None], most[:, None])", "below"),
 ]
 
 
