@@ -68,7 +68,7 @@ class PruneSettings:
     propagate: bool = True
     steps: int | None = None
     distill: int | None = None
-    curvature: CurvatureSettings = CurvatureSettings()
+    curvature: CurvatureSettings = field(default=CurvatureSettings())
     batch: int = 8
     seed: int = 0
     tuning: Mapping[str, Any] = field(default_factory=dict)

@@ -10,7 +10,6 @@ from jaxprune.pipeline import CurvatureSettings, PruneSettings, prune_model
 from jaxprune.runs import RunFolder
 from jaxprune.sparsity import Sparsity
 
-
 CONFIG = llama.LlamaConfig(
     vocab_size=40,
     hidden_size=16,
