@@ -87,11 +87,11 @@ class Judgement(NamedTuple):
 
 
 def dense_states(model: Llama, windows: Windows, *, batch: int = 8) -> Float[np.ndarray, "w n d"]:
-    """Hidden states of the dense model after its last block, for ``judge``."""
+    """Hidden states of the dense model after its last block, float32, for ``judge``."""
     check_batch(batch)
     tokens = windows.tokens
     parts = [_states(model, jnp.asarray(part)) for part in _batches(tokens, batch)]
-    return np.concatenate([np.asarray(part) for part in parts])[: len(tokens)]
+    return np.concatenate([np.asarray(part, np.float32) for part in parts])[: len(tokens)]
 
 
 def judge(
@@ -115,9 +115,8 @@ def judge(
     check_batch(batch)
     pairs = zip(_batches(windows.tokens, batch), _batches(expected, batch), strict=True)
     parts = [np.asarray(_judged(model, *map(jnp.asarray, pair))) for pair in pairs]
-    loss, divergence = (
-        np.concatenate(parts, axis=1)[:, : len(windows.tokens)].astype(float).mean(axis=1)
-    )
+    values = np.concatenate(parts, axis=1)[:, : len(windows.tokens)].astype(float)
+    loss, divergence = values.mean(axis=1)
     if not math.isfinite(loss) or loss > 700:
         raise InputError(f"the mean loss is {loss}; the weights of the model are not usable")
     return Judgement(math.exp(loss), float(divergence))
@@ -137,9 +136,8 @@ def _states(model: Llama, tokens: Tokens) -> Float[Array, "b n d"]:
 @jax.jit
 def _judged(model: Llama, tokens: Tokens, expected: Float[Array, "b n d"]) -> Float[Array, "2 b"]:
     hidden = model.hidden_states(tokens)
-    return jnp.stack(
-        [head_losses(model, hidden, tokens), head_divergences(model, model, hidden, expected)]
-    )
+    divergences = head_divergences(model, model, hidden, expected.astype(hidden.dtype))
+    return jnp.stack([head_losses(model, hidden, tokens), divergences])
 
 
 def check_batch(batch: int) -> None:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -99,7 +100,7 @@ def table(metrics: pd.DataFrame) -> str:
             line = {
                 "pruned": f"{_TARGETS.get(str(targets), targets)}, {sparsity}",
                 "method": name_of(one["method"]),
-                "budget": f"a {one['allocate']}",
+                "budget": one["allocate"],
                 "retraining": _retraining(one),
             }
             for name, shown in _SHOWN.items():
@@ -108,7 +109,7 @@ def table(metrics: pd.DataFrame) -> str:
     return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
 
 
-def _cell(seeds: pd.Series, name: str, best: float | None) -> str:
+def _cell(seeds: pd.DataFrame, name: str, best: float | None) -> str:
     values = seeds[name].dropna()
     if values.empty:
         return ""
@@ -143,10 +144,10 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel("seconds of pruning")
         axes.set_ylabel("perplexity above dense")
-    handles: dict[str, object] = {}
+    handles: dict[str, Artist] = {}
     for axes in figure.axes:
         found, labels = axes.get_legend_handles_labels()
-        handles |= dict(zip(labels, found, strict=True))
+        handles |= dict(zip(map(str, labels), found, strict=True))
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False
     )
@@ -166,7 +167,7 @@ def draw_gaps(metrics: pd.DataFrame) -> Figure:
             look = plotting.style(one["method"])
             gaps = points["gap"].clip(lower=_LEAST_GAP)
             axes.plot(gaps, [place] * len(gaps), look.marker, color=look.color, markersize=5)
-            shared = "" if one["allocate"] == "matrix" else f"a {one['allocate']}"
+            shared = "" if one["allocate"] == "matrix" else f"one budget a {one['allocate']}"
             notes = [note for note in (shared, _retraining(one)) if note]
             labels.append(name_of(one["method"]) + (f" ({'; '.join(notes)})" if notes else ""))
         axes.set_yticks(range(len(names)), labels)

@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
+
+import jax
 
 from jaxprune.errors import InputError
 from jaxprune.runs.script import out_of_memory, use_compilation_cache
@@ -89,10 +90,9 @@ def _serve(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any,
         answer = ("result", function(*arguments, lambda content: pipe.send(("progress", content))))
     except (InputError, OSError) as error:
         answer = ("error", error)
-    except Exception as error:
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not out_of_memory(error):
-            traceback.print_exc()
-            raise SystemExit(1) from None
+            raise
         answer = ("error", MemoryError())
     pipe.send(answer)
 
