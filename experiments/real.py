@@ -14,7 +14,6 @@ For example::
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import subprocess
@@ -39,8 +38,8 @@ from jaxprune.models.llama.files import checkpoint_hashes
 from jaxprune.pipeline import TARGETS, Progress, PruneSettings, prune_checkpoint, units
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.child import in_child, peak_memory
+from jaxprune.runs.duration import estimate
 from jaxprune.runs.folder import RunFolder, keep_record
-from jaxprune.runs.metrics import read_metrics
 from jaxprune.runs.script import Experiment, notice, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import new_folder, read_arrays, read_json, work_folder, write_arrays
@@ -371,24 +370,6 @@ def read(config: Config) -> tuple[Material, dict[str, dict[str, str]], list[int]
     return Material(config, folder.resolve(), text, Path()), inputs, amounts
 
 
-def estimate(names: Sequence[str], measured: Path = MEASURED) -> str:
-    """How long rows take, by the times of a finished run."""
-    count = f"{len(names)} rows"
-    try:
-        metrics, environment = read_metrics(measured), read_json(measured / "environment.json")
-    except InputError:
-        return f"{count}; the times of no earlier run are known here"
-    seconds = metrics.groupby("row")["row_seconds"].mean()
-    total = sum(seconds.get(name, seconds.mean()) for name in names)
-    minutes = max(1, math.ceil(total / 60))
-    shown = f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-    return (
-        f"{count}; about {shown}, by the times in {measured}, which were measured with its "
-        f"settings on {environment.get('cpu_count')} cores ({environment.get('device')}, "
-        f"{environment.get('platform')})"
-    )
-
-
 def prepare(config: Config) -> Experiment:
     """Read model and texts."""
     material, inputs, amounts = read(config)
@@ -410,7 +391,7 @@ def compute_all(
     material = material._replace(dense=run.part_file(part_of(*cells[0])).resolve())
     left = [row.name for row, seed in cells if not run.finished(part_of(row, seed))]
     if left:
-        print(estimate(left))
+        print(estimate(left, MEASURED, "row", "row_seconds"))
     found = []
     with tqdm(total=sum(amounts), unit="chunk") as bar:
         for i, (row, seed) in enumerate(cells):

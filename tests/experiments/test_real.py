@@ -129,17 +129,6 @@ def test_seeds_are_of_rows_with_chance(real):
     assert real.by_chance(real.ROWS["qk-0.5-wanda"], "c4")
 
 
-def test_time_is_estimated_by_an_earlier_run(real, tmp_path):
-    assert "no earlier run" in real.estimate(["a"], tmp_path)
-    rows = [{"row": "a", "row_seconds": 60}, {"row": "b", "row_seconds": 240}]
-    pd.DataFrame(rows).to_csv(tmp_path / "metrics.csv", index=False)
-    (tmp_path / "environment.json").write_text('{"cpu_count": 2, "device": "cpu"}')
-    shown = real.estimate(["a", "b", "new"], tmp_path)
-    assert shown.startswith("3 rows; about 8 min")
-    assert "2 cores" in shown
-    assert "5.0 h" in real.estimate(["a"] * 300, tmp_path)
-
-
 class TestPackage:
     @pytest.fixture
     def pip(self, real, monkeypatch, tmp_path):
