@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib import ticker
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -142,6 +143,9 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel("seconds of pruning")
         axes.set_ylabel("perplexity above dense")
     handles: dict[str, Artist] = {}
@@ -167,8 +171,9 @@ def draw_gaps(metrics: pd.DataFrame) -> Figure:
             look = plotting.style(one["method"])
             gaps = points["gap"].clip(lower=_LEAST_GAP)
             axes.plot(gaps, [place] * len(gaps), look.marker, color=look.color, markersize=5)
-            shared = "" if one["allocate"] == "matrix" else f"one budget a {one['allocate']}"
-            notes = [note for note in (shared, _retraining(one)) if note]
+            shared = "" if one["allocate"] == "matrix" else f"budget: {one['allocate']}"
+            retrained = f"retrained: {_retraining(one)}" if _retraining(one) else ""
+            notes = [note for note in (shared, retrained) if note]
             labels.append(name_of(one["method"]) + (f" ({'; '.join(notes)})" if notes else ""))
         axes.set_yticks(range(len(names)), labels)
         axes.invert_yaxis()
