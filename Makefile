@@ -10,7 +10,7 @@ PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
 MODULES = $(sort $(subst /,.,$(patsubst %/__init__,%,$(basename $(shell find jaxprune -name '*.py')))))
 
 .DEFAULT_GOAL := help
-.PHONY: help env sweep headline figures gallery docs test test-slow mutants coverage bench bench-gpu lint format clean
+.PHONY: help env sweep real headline figures gallery docs test test-slow mutants coverage bench bench-gpu lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | expand -t 14
@@ -26,8 +26,12 @@ env: $(READY) ## the environment alone, in .venv
 sweep: $(READY) ## the paper's synthetic experiment (Figure 2): runs/synthetic
 	$(BIN)/python experiments/synthetic.py --resume --out runs/synthetic
 
-headline: $(READY) ## the README's table, from a run of its own: runs/headline
-	$(BIN)/python experiments/ablation.py --variants descent mask_only wanda sparsegpt magnitude --sparsity 0.5 0.7 2:4 --resume --out runs/headline
+# Files of your own: `make real TEXT=FILE`; some rows alone: `make real ROWS='qk-*'`.
+real: $(READY) ## every method on SmolLM2-135M, fetched once (hours): runs/smollm2, docs/smollm2
+	$(BIN)/python experiments/real.py --resume $(if $(TEXT),--calibration '$(TEXT)' --out runs/smollm2-text,--out runs/smollm2) $(if $(ROWS),--rows '$(ROWS)') $(if $(TEXT)$(ROWS),,--save docs/smollm2)
+
+headline: $(READY) ## the README's table of the embedded model, printed (says how long it takes): runs/headline
+	$(BIN)/python experiments/ablation.py --variants descent closed_form mask_only admm wanda sparsegpt magnitude --sparsity 0.5 0.7 2:4 --resume --out runs/headline
 	$(BIN)/python tools/headline.py --run runs/headline
 
 figures: $(READY) ## draw the figures of finished runs again from their saved metrics

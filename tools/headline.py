@@ -1,18 +1,18 @@
-"""The README's table, from the saved metrics of ``ablation.py``.
+"""Tables of pages from saved metrics, those of ``ablation.py`` or of ``real.py``.
 
-``make headline`` makes the run and then calls this script. It copies the run's metrics and
-settings to ``docs/headline``, from where the table can be written again without the run, and puts
-the table between the markers of the README.
+The table is printed. With ``--write`` it is put between the markers of a page, and the run's
+metrics and settings are copied to a folder in ``docs``, from where the table can be written again
+without the run.
 
 Example:
-  python tools/headline.py --run runs/headline
+  python tools/headline.py --run runs/headline --write
+  python tools/headline.py --run docs/smollm2 --page docs/results.md --write
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,19 @@ from typing import Any
 import pandas as pd
 
 from jaxprune.errors import InputError
-from jaxprune.runs.flags import Flag
+from jaxprune.evaluation import rows
+from jaxprune.runs.flags import Flag, Maybe, Several
+from jaxprune.runs.folder import keep_record
 from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
 from jaxprune.runs.script import run_script
-from jaxprune.storage import check_writable, read_json, replacing
+from jaxprune.storage import read_json, replacing
 
-KEPT = ("metrics.csv", "config.json", "environment.json")
 METHODS = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
     "sparsegpt": "SparseGPT",
+    "admm": "ADMM",
+    "closed_form": "closed form",
     "mask_only": "descent, kept weights untouched",
     "descent": "**descent**",
 }
@@ -40,50 +43,87 @@ COLUMNS = Columns(
     ),
     texts=("variant", "sparsity"),
 )
-SETTINGS = {"model": str, "calibration": str, "windows": int, "seqlen": int, "steps": int}
-SETTINGS |= {"seeds": int}
-SAVED = Path("docs/headline")
+SETTINGS = {"model": str, "calibration": str, "windows": int, "seqlen": int, "seeds": int}
+OPTIONAL = {"text": str | None, "steps": int | None}
+REAL_SETTINGS = {"eval_windows": int, "eval_seqlen": int, "heldout": int}
 # Part of the dense perplexity below which what Wanda adds is not compared with.
 _SOMETHING = 0.01
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write the table of the README from a run of ablation.py.
+    """Print the table of a run, or write it into a page.
 
-    Example: python tools/headline.py --run runs/headline
+    Example: python tools/headline.py --run runs/headline --write
     """
 
-    run: Path = SAVED
-    """folder of a finished run of ablation.py"""
-    readme: Path = Path("README.md")
+    run: Path = Path("docs/headline")
+    """folder of a finished run of ablation.py or real.py, or what is kept of it"""
+    write: Flag = False
+    """put the table between the markers of --page, and keep the run in --saved"""
+    page: Path = Path("README.md")
     """file with the markers"""
-    saved: Path = SAVED
-    """where metrics and settings of the run are kept; its name is that of the markers"""
-    show: Flag = False
-    """only print the table"""
+    saved: Maybe[Path] = None
+    """where metrics and settings of the run are kept; its name is that of the markers; if left
+    out, the folder of the name of --run in docs"""
+    rows: Several[str] = ()
+    """rows of a run of real.py by name or pattern, such as 'all-0.5-*'; if left out, all"""
 
 
-def spread(values: pd.Series) -> str:
-    """Mean, and half the range where there are several seeds."""
-    mean = values.mean()
-    digits = 4 if mean < 0.1 else 3 if mean < 1 else 2
-    text = f"{mean:.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {(values.max() - values.min()) / 2:.{digits}f}"
-    return text
-
-
-def settings_of(run: Path) -> dict[str, Any]:
-    """What the run of ablation.py in a folder was made with, checked."""
+def settings_of(run: Path, also: Mapping[str, type]) -> dict[str, Any]:
+    """What the run in a folder was made with, checked."""
     file = run / "config.json"
     settings = read_json(file)
-    wrong = [name for name, kind in SETTINGS.items() if not isinstance(settings.get(name), kind)]
-    if not isinstance(settings.get("text", 0), str | None):
-        wrong.append("text")
+    asked = {**SETTINGS, **OPTIONAL, **also}
+    # What may be missing by its type must be there all the same.
+    wrong = [name for name, kind in asked.items() if not isinstance(settings.get(name, ...), kind)]
     if wrong:
-        raise InputError(f"{file}: {wrong[0]} missing or damaged; not a run of ablation.py")
+        raise InputError(
+            f"{file}: {wrong[0]} missing or damaged; not a run of ablation.py or real.py"
+        )
     return settings
+
+
+def table_of(run: Path, patterns: Sequence[str] = ()) -> str:
+    """The table of a run of either script, by the columns of its metrics.
+
+    Args:
+      run: its folder.
+      patterns: of the rows of a run of real.py.
+    """
+    metrics = read_metrics(run)
+    if "variant" in metrics:
+        if patterns:
+            raise InputError("rows: only of a run of real.py")
+        COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
+        return table(metrics, settings_of(run, {}))
+    rows.COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
+    settings = settings_of(run, REAL_SETTINGS)
+    names = list(dict.fromkeys(metrics["row"]))
+    dense = metrics["method"] == rows.DENSE
+    shown = metrics[metrics["row"].isin(rows.chosen(names, patterns)) | dense]
+    return real_table(shown, settings, read_json(run / "environment.json"))
+
+
+def real_table(metrics: pd.DataFrame, config: dict[str, Any], environment: dict[str, Any]) -> str:
+    """The table of real.py, and sentences on how it was measured."""
+    text = config["text"] or config["calibration"]
+    steps = "the preset's" if config["steps"] is None else config["steps"]
+    several = f" Mean of {config['seeds']} seeds ± half their range." * (config["seeds"] > 1)
+    over = " `over`: interrupted, of the last process alone." * bool(metrics["resumed"].any())
+    return (
+        f"{rows.table(metrics)}\n\n"
+        f"`{config['model']}`, calibrated on {config['windows']} windows of {config['seqlen']} "
+        f"tokens of `{config['calibration']}`; perplexity and divergence from the dense model's "
+        f"predictions on windows of {config['eval_seqlen']} tokens of `{text}`, at most "
+        f"{config['eval_windows']}; attention error: mean over heads, held-out on "
+        f"{config['heldout']} windows more. Budget: what shares the budget of zeros. Retraining: "
+        f"kept weights adapt block by block, and all together at the end; steps a block: {steps}. "
+        "Seconds and peak memory are those of pruning, each row in a process of its own, compiling "
+        "included where the programs were not kept, on "
+        f"{environment.get('cpu_count')} cores ({environment.get('device')}).{several}{over} In "
+        "bold the best of equal maps and sparsity."
+    )
 
 
 def _shares_of_wanda(metrics: pd.DataFrame) -> str:
@@ -111,24 +151,25 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
                 "see --help"
             )
     dense = metrics["dense_perplexity"].iloc[0]
-    rows: list[dict[str, str]] = []
+    lines: list[dict[str, str]] = []
     for sparsity in dict.fromkeys(metrics["sparsity"]):
         for name, label in METHODS.items():
             here = metrics[(metrics["sparsity"] == sparsity) & (metrics["variant"] == name)]
             if here.empty:
                 continue
-            rows.append(
+            lines.append(
                 {
                     "pruned": str(sparsity),
                     "method": label,
-                    "perplexity": spread(here["perplexity_gap"] + dense),
-                    "divergence": spread(here["divergence"]),
-                    "attention error, held-out": spread(here["heldout_error"]),
-                    "on calibration": spread(here["calibration_error"]),
+                    "perplexity": rows.spread(here["perplexity_gap"] + dense),
+                    "divergence": rows.spread(here["divergence"]),
+                    "attention error, held-out": rows.spread(here["heldout_error"]),
+                    "on calibration": rows.spread(here["calibration_error"]),
                 }
             )
-    shown = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    shown = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     text = config["text"] or config["calibration"]
+    steps = "the preset's" if config["steps"] is None else config["steps"]
     return (
         f"{shown}\n\n"
         f"{_shares_of_wanda(metrics)}"
@@ -136,48 +177,43 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
         f"Calibrated on {config['windows']} windows of {config['seqlen']} tokens of "
         f"`{config['calibration']}`; perplexity, divergence from the dense model's predictions "
         f"(nats) and held-out error on text of `{text}` that was not calibrated on; "
-        f"{config['steps']} steps a block. Descents: mean of {config['seeds']} "
+        f"{steps} steps a block. Descents: mean of {config['seeds']} "
         "seeds ± half their range; the baselines have no randomness."
     )
 
 
 def markers(name: str) -> tuple[str, str]:
-    """Lines of the README that a table stands between."""
+    """Lines of a page that a table stands between."""
     return f"<!-- {name}: written by tools/headline.py -->", f"<!-- end of {name} -->"
 
 
 def replaced(readme: str, text: str, name: str, file: Path) -> str:
-    """The README, of ``file``, with ``text`` between the markers ``name``."""
+    """The page ``readme``, of ``file``, with ``text`` between the markers ``name``."""
     first, last = markers(name)
     before, begin, rest = readme.partition(first)
     _, end, after = rest.partition(last)
     if not begin or not end or readme.count(first) + readme.count(last) > 2:
-        raise InputError(f"--readme {file}: expected one line `{first}` and then one `{last}`")
+        raise InputError(f"--page {file}: expected one line `{first}` and then one `{last}`")
     return f"{before}{first}\n{text}\n{last}{after}"
 
 
 def body(config: Config) -> None:
-    """Read, write."""
+    """Read, print, write."""
     with drawing_again(config.run):
-        text = table(read_metrics(config.run, COLUMNS), settings_of(config.run))
+        text = table_of(config.run, config.rows)
     print(text)
-    if config.show:
+    if not config.write:
         return
-    if not config.readme.is_file():
-        raise InputError(f"--readme {config.readme}: no such file")
+    saved = config.saved or Path("docs") / config.run.name
+    if not config.page.is_file():
+        raise InputError(f"--page {config.page}: no such file")
     try:
-        readme = config.readme.read_text(encoding="utf-8")
+        page = config.page.read_text(encoding="utf-8")
     except ValueError:
-        raise InputError(f"--readme {config.readme}: not text in UTF-8") from None
-    page = replaced(readme, text, config.saved.name, config.readme)
-    for name in KEPT:
-        if not (config.run / name).is_file():
-            raise InputError(f"--run {config.run}: has no {name}")
-    check_writable(config.saved, "saved")
-    if config.run.resolve() != config.saved.resolve():
-        for name in KEPT:
-            shutil.copyfile(config.run / name, config.saved / name)
-    with replacing(config.readme) as partial:
+        raise InputError(f"--page {config.page}: not text in UTF-8") from None
+    page = replaced(page, text, saved.name, config.page)
+    keep_record(config.run, saved, "saved")
+    with replacing(config.page) as partial:
         partial.write_text(page, encoding="utf-8")
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from jaxprune.errors import InputError
-from jaxprune.models.llama.losses import window_divergences, window_losses
+from jaxprune.models.llama.losses import (
+    head_divergences,
+    head_losses,
+    window_divergences,
+    window_losses,
+)
 from jaxprune.models.llama.modeling import Llama, Tokens
 from jaxprune.text.windows import Windows
 
@@ -73,6 +79,67 @@ def divergence(model: Llama, reference: Llama, windows: Windows, *, batch: int =
     )
 
 
+class Judgement(NamedTuple):
+    """Of a model on a text: its perplexity, its divergence from the dense one in nats."""
+
+    perplexity: float
+    divergence: float
+
+
+def dense_states(model: Llama, windows: Windows, *, batch: int = 8) -> Float[np.ndarray, "w n d"]:
+    """Hidden states of the dense model after its last block, float32, for ``judge``."""
+    check_batch(batch)
+    tokens = windows.tokens
+    parts = [_states(model, jnp.asarray(part)) for part in _batches(tokens, batch)]
+    return np.concatenate([np.asarray(part, np.float32) for part in parts])[: len(tokens)]
+
+
+def judge(
+    model: Llama,
+    windows: Windows,
+    expected: Float[np.ndarray, "w n d"],
+    *,
+    batch: int = 8,
+) -> Judgement:
+    """What ``evaluate`` and ``divergence`` measure, in one pass through the pruned model alone.
+
+    Args:
+      model: a pruned model with embedding, last norm and head of the dense one.
+      windows: of ``text.windows.evaluation_windows``.
+      expected: ``dense_states`` on these windows.
+      batch: windows at once.
+
+    Raises:
+      InputError: the batch is empty, or the loss is not a finite number.
+    """
+    check_batch(batch)
+    pairs = zip(_batches(windows.tokens, batch), _batches(expected, batch), strict=True)
+    parts = [np.asarray(_judged(model, *map(jnp.asarray, pair))) for pair in pairs]
+    values = np.concatenate(parts, axis=1)[:, : len(windows.tokens)].astype(float)
+    loss, divergence = values.mean(axis=1)
+    if not math.isfinite(loss) or loss > 700:
+        raise InputError(f"the mean loss is {loss}; the weights of the model are not usable")
+    return Judgement(math.exp(loss), float(divergence))
+
+
+def _batches(windows: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """Batches of equal size, the last filled up from the front, for one compiled program."""
+    for start in range(0, len(windows), min(batch, len(windows))):
+        yield windows[np.arange(start, start + min(batch, len(windows))) % len(windows)]
+
+
+@jax.jit
+def _states(model: Llama, tokens: Tokens) -> Float[Array, "b n d"]:
+    return model.hidden_states(tokens)
+
+
+@jax.jit
+def _judged(model: Llama, tokens: Tokens, expected: Float[Array, "b n d"]) -> Float[Array, "2 b"]:
+    hidden = model.hidden_states(tokens)
+    divergences = head_divergences(model, model, hidden, expected.astype(hidden.dtype))
+    return jnp.stack([head_losses(model, hidden, tokens), divergences])
+
+
 def check_batch(batch: int) -> None:
     """Raise ``InputError`` for a batch of no windows."""
     if batch < 1:
@@ -89,10 +156,14 @@ def _mean(
     check_batch(batch)
     count = windows.shape[0]
     batch = min(batch, count)
-    means = np.zeros(count)
-    for start in tqdm(range(0, count, batch), desc=name, unit="batch", leave=False):
-        # The last batch is filled up with windows from its front, for one compiled program.
-        rows = np.arange(start, start + batch) % count
-        computed = np.asarray(measure(jnp.asarray(windows[rows])))
-        means[start : start + batch] = computed[: count - start]
-    return float(means.mean())
+    means = [
+        np.asarray(measure(jnp.asarray(part)))
+        for part in tqdm(
+            _batches(windows, batch),
+            total=math.ceil(count / batch),
+            desc=name,
+            unit="batch",
+            leave=False,
+        )
+    ]
+    return float(np.concatenate(means)[:count].astype(float).mean())

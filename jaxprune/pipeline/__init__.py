@@ -8,11 +8,12 @@ from jaxprune.pipeline.model import (
     prune_model,
     units,
 )
-from jaxprune.pipeline.settings import METHODS, TARGETS, PruneSettings
+from jaxprune.pipeline.settings import METHODS, TARGETS, CurvatureSettings, PruneSettings
 
 __all__ = [
     "METHODS",
     "TARGETS",
+    "CurvatureSettings",
     "Progress",
     "PruneReport",
     "PruneSettings",

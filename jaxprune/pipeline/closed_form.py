@@ -37,7 +37,7 @@ def block_closed_form(
     inputs = _input_moments(dense, streams, curvature, batch)
     results = {
         name: kronecker_admm(
-            upcast(getattr(dense, name)), inputs[name], felt.outputs, sparsity[name]
+            upcast(getattr(dense, name)), inputs[name], _blocks(felt.outputs), sparsity[name]
         )
         for name, felt in curvature.items()
     }
@@ -46,6 +46,11 @@ def block_closed_form(
         {name: result.keep_mask for name, result in results.items()},
         {"predicted_divergence": float(sum(result.loss for result in results.values()))},
     )
+
+
+def _blocks(outputs: Float[Array, "p k k"]) -> Array:
+    """Blocks of ``B``; of a diagonal, its entries."""
+    return outputs if outputs.shape[-1] > 1 else outputs[:, 0, 0]
 
 
 def _input_moments(

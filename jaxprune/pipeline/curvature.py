@@ -23,9 +23,7 @@ from jaxprune.attention import accumulation_dtype, contract
 from jaxprune.models.llama.activations import next_hidden
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, Tapped, block
-
-# Outputs of a full ``B``. Wider maps have blocks of this size on the diagonal.
-FULL_OUTPUTS = 2048
+from jaxprune.pipeline.settings import CurvatureSettings
 
 
 class MapCurvature(NamedTuple):
@@ -52,7 +50,7 @@ Curvature = list[dict[str, MapCurvature]]
 """Of every block, by the names of its maps."""
 
 
-def output_blocks(width: int, full: int = FULL_OUTPUTS) -> int:
+def output_blocks(width: int, full: int) -> int:
     """Blocks of ``B`` for a map with so many outputs: as few as have at most ``full`` each."""
     return next(p for p in range(1, width + 1) if width % p == 0 and width // p <= full)
 
@@ -64,7 +62,7 @@ def prediction_curvature(
     key: Key[Array, ""],
     *,
     batch: int,
-    full: int = FULL_OUTPUTS,
+    full: int = CurvatureSettings().outputs,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Curvature:
     """Curvature of the predictions in the outputs of linear maps of all blocks.

@@ -53,8 +53,6 @@ from jaxprune.sparsity import Sparsity
 # Distillation goes through the whole model, dense and pruned, in every step: it is left out above
 # so many parameters unless asked for.
 _DISTILLED_BY_DEFAULT = 100_000_000
-# Windows that the curvature of the predictions is taken from.
-CURVATURE_WINDOWS = 16
 # W_Q and W_K alone are near what their masks allow after the blocks; all maps have farther to go.
 _DISTILLATION_RATES = {"qk": 0.01, "all": 0.03}
 
@@ -194,7 +192,12 @@ def _plan(
     report(0, "curvature")
     key = jax.random.fold_in(jax.random.key(settings.seed), len(layers) + 1)
     curvature = prediction_curvature(
-        model, tokens[:CURVATURE_WINDOWS], settings.names, key, batch=settings.batch
+        model,
+        tokens[: settings.curvature.windows],
+        settings.names,
+        key,
+        batch=settings.batch,
+        full=settings.curvature.outputs,
     )
     report(1, "curvature")
     if settings.allocate == "matrix":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxprune.baselines import BASELINES
 from jaxprune.errors import InputError
@@ -16,6 +16,19 @@ METHODS = (*BASELINES, "gauss-newton", "descent")
 TARGETS = {"qk": ("wq", "wk"), "all": tuple(INPUT_OF)}
 STARTS = ("gauss-newton", "dense")
 ALLOCATIONS = ("matrix", "block", "model")
+
+
+class CurvatureSettings(NamedTuple):
+    """How the curvature of the predictions is taken.
+
+    Attributes:
+      windows: of calibration that it is taken from, at most.
+      outputs: greatest width of a block of its factor ``B``: wider maps have several on the
+        diagonal, with 1 it is a diagonal.
+    """
+
+    windows: int = 16
+    outputs: int = 2048
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class PruneSettings:
       steps: of a descent; the preset's if ``None``.
       distill: steps of the distillation at the end, of all kept weights; if ``None``, the
         preset's after ``descent`` in models of up to 100 million parameters, else none.
+      curvature: of the predictions, where it is needed.
       batch: windows at once in forward passes.
       seed: of random batches and random cotangents.
       tuning: further changes to the settings of a descent.
@@ -54,6 +68,7 @@ class PruneSettings:
     propagate: bool = True
     steps: int | None = None
     distill: int | None = None
+    curvature: CurvatureSettings = field(default=CurvatureSettings())
     batch: int = 8
     seed: int = 0
     tuning: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +116,8 @@ class PruneSettings:
             raise InputError(f"distill {self.distill}: expected 0 or more steps")
         if self.distill and self.refit is False:
             raise InputError("distill: not with refit=False, which keeps the weights' values")
+        if min(self.curvature) < 1:
+            raise InputError(f"curvature {tuple(self.curvature)}: expected 1 or more of both")
         if self.batch < 1:
             raise InputError(f"batch {self.batch}: expected 1 or more")
 

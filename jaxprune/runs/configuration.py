@@ -16,7 +16,7 @@ Config = TypeVar("Config")
 
 # Where a run is, whether it goes on and how its work is spread: nothing that changes its numbers.
 _NOT_SETTINGS = (
-    *("out", "resume", "repeat", "mesh"),
+    *("out", "resume", "repeat", "mesh", "keep", "save"),
     *("coordinator", "coordinator_timeout", "processes", "process"),
 )
 
@@ -90,11 +90,13 @@ def differing(recorded: Mapping[str, Any], config: Any) -> str | None:
 
     Numbers and paths count as equal however they are written. A setting that the record lacks, as
     it is older, is expected to be what it was then: the entry of ``config.earlier`` or the default.
+    A class attribute ``free`` names settings in which they may differ, such as which of many parts,
+    each the same whatever the others are, a run has.
     """
     here, recorded = configuration(config), _modernised(config, recorded)
     expected = {name: _plain(value) for name, value in defaults(type(config)).items()}
     expected |= {name: _plain(value) for name, value in _earlier(config).items()}
-    for name in sorted(recorded.keys() | here.keys()):
+    for name in sorted((recorded.keys() | here.keys()) - set(getattr(config, "free", ()))):
         if name not in here or not _same(recorded.get(name, expected.get(name)), here[name]):
             return name
     return None

@@ -333,6 +333,31 @@ def figures_of(folder: Path) -> Path:
     return figures
 
 
+_RECORD = ("metrics.csv", "config.json", "environment.json")
+
+
+def keep_record(run: Path, folder: Path, name: str) -> None:
+    """Copy what tables are written from, and hashes of inputs, to a folder that lasts.
+
+    Args:
+      run: folder of a finished run.
+      folder: where to.
+      name: of the argument that names it.
+
+    Raises:
+      InputError: the run has no metrics or no settings, or the folder cannot be written.
+    """
+    for file in _RECORD:
+        if not (run / file).is_file():
+            raise InputError(f"{run}: has no {file}")
+    check_writable(folder, name)
+    if run.resolve() == folder.resolve():
+        return
+    for file in (*_RECORD, "inputs.json"):
+        if (run / file).is_file():
+            shutil.copyfile(run / file, folder / file)
+
+
 def _shown(value: Any) -> str:
     """A setting as it is given on a command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -182,7 +182,7 @@ def compare(original: Path, out: Path) -> int:
     return 1
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether the device or the host had no memory left."""
     # Computations queued on a CPU report it as INTERNAL, with the reason in words; products of
     # matrices there, by X- or YNNPACK, which need room for a copy, do not even say the reason.
@@ -339,7 +339,7 @@ def run_script(
             where = f"{file}: " if file else f"--out {out}: " if out else ""
             return _failed(prog, f"{where}{error.strerror or error}{_continues(config)}")
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             flags = getattr(config_type, "memory_flags", "")
             return _failed(prog, "out of memory" + (f"; lower {flags}" if flags else ""))

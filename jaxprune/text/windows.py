@@ -161,6 +161,32 @@ def evaluation_windows(
     return _stamped(tokens, corpus, bos)
 
 
+def unseen_windows(
+    source: str, tokenizer: Tokenizer, *, seqlen: int, seen: int, windows: int | None = None
+) -> Windows:
+    """Windows to evaluate on of a running text that also gave those to calibrate on.
+
+    Corpora with a part of their own to evaluate on give windows of that part.
+
+    Args:
+      source: ``zoo``, ``c4``, ``wikitext2``, a file, or one of ``PRESETS``.
+      tokenizer: of the model.
+      seqlen: of the windows.
+      seen: tokens at the beginning of a file that are not to be used.
+      windows: how many, or as many as there are, if fewer; all if ``None``.
+
+    Raises:
+      InputError: as ``evaluation_windows``; or no window is left.
+    """
+    found = evaluation_windows(source, tokenizer, seqlen=seqlen)
+    skip = 0 if source in (*corpora.NAMED, *PRESETS) else -(-seen // seqlen)
+    tokens = found.tokens[skip:][:windows]
+    if not len(tokens):
+        raise InputError(f"{source}: nothing is left after {skip} windows; use another `text`")
+    protocol = found.protocol | {"windows": len(tokens)} | ({"after": skip} if skip else {})
+    return Windows(tokens, protocol)
+
+
 def check_sizes(windows: int | None, seqlen: int | None) -> None:
     """Raise ``InputError`` for sizes that no text can give, before any is read."""
     if windows is not None and windows < 1:

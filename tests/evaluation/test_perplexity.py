@@ -71,6 +71,22 @@ def test_unusable_weights_are_an_error(tokens):
         perplexity.evaluate(model, windows_of(tokens), batch=0)
 
 
+@pytest.mark.parametrize("batch", [3, 8])
+def test_one_pass_judges_as_two_do(model, tokens, batch):
+    windows, pruned = windows_of(tokens), llama.load(GOLDEN / "untied_gqa")
+    blocks = pruned.blocks.get_value()
+    pruned.blocks.set_value(blocks._replace(wq=blocks.wq.at[:, ::2].set(0)))
+    expected = perplexity.dense_states(model, windows, batch=batch)
+    found = perplexity.judge(pruned, windows, expected, batch=batch)
+    apart = perplexity.divergence(pruned, model, windows)
+    np.testing.assert_allclose(
+        found, (perplexity.evaluate(pruned, windows)["perplexity"], apart), rtol=1e-5
+    )
+    assert apart > 1e-6
+    with pytest.raises(InputError, match="batch"):
+        perplexity.judge(pruned, windows, expected, batch=0)
+
+
 @pytest.mark.parametrize("bos", ["one", "each"])
 def test_a_trained_model_has_the_perplexity_that_transformers_finds(shared, bos):
     expected = json.loads((GOLDEN / "perplexity.json").read_text())["stories260K"][bos]

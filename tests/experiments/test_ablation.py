@@ -3,12 +3,28 @@
 import pandas as pd
 import pytest
 
+from jaxprune.runs.configuration import as_recorded
+from jaxprune.runs.metrics import read_metrics
+from jaxprune.storage import read_json
+
 TOY = ["--windows", "8", "--seqlen", "16", "--steps", "20", "--distill", "5", "--sparsity", "0.5"]
 
 
 @pytest.fixture
-def main(script):
-    return script("ablation").main
+def ablation(script, monkeypatch):
+    """The script, which computes its rows in this process."""
+    module = script("ablation")
+
+    def in_child(function, *arguments, progress):
+        return function(*arguments, progress or (lambda where: None))
+
+    monkeypatch.setattr(module, "in_child", in_child)
+    return module
+
+
+@pytest.fixture
+def main(ablation):
+    return ablation.main
 
 
 @pytest.fixture
@@ -97,6 +113,11 @@ def test_damaged_metrics_are_not_drawn(main, tmp_path, capsys, column, value, na
         (["--sparsity", "1.5"], "--sparsity"),
         (["--seeds", "0"], "--seeds"),
         (["--sparsity", "3:5"], "--sparsity"),
+        (["--steps", "0"], "--steps"),
+        (["--variants", "slow_schedule"], "--variants slow_schedule: only with --start dense"),
+        (["--variants", "curvature_diagonal"], "only with --targets all"),
+        (["--targets", "all", "--variants", "mask_only"], "only with --targets qk"),
+        (["--variants", "windows_16"], "only with --windows 16 or more"),
     ],
 )
 def test_wrong_flags_are_named_before_any_work(main, where, tmp_path, capsys, flags, named):
@@ -109,4 +130,52 @@ def test_wrong_flags_are_named_before_any_work(main, where, tmp_path, capsys, fl
 def test_evaluation_needs_text_that_was_not_calibrated_on(main, where, tmp_path, capsys):
     flags = ["--windows", "150", "--seqlen", "16", "--out", str(tmp_path / "run")]
     assert main([*where, *flags]) == 2
-    assert "nothing is left after 166 windows; use --text" in capsys.readouterr().err
+    assert "nothing is left after 166 windows; use another --text" in capsys.readouterr().err
+
+
+def test_every_variant_has_settings_that_work(ablation):
+    seen = set()
+    for targets in ("qk", "all"):
+        for start in ("gauss-newton", "dense"):
+            config = ablation.Config(targets=targets, start=start, sparsity=("0.5", "2:4"))
+            config.check()
+            for cell in ablation.plan(config):
+                ablation.settings_of(*cell, config).check_names()
+                seen.add(cell[0])
+    assert seen == set(ablation.VARIANTS)
+
+
+def test_baselines_have_no_chance_and_patterns_no_budget(ablation):
+    config = ablation.Config(variants=("wanda", "admm", "closed_form", "model_budget"))
+    assert ablation.plan(config) == [
+        *(("wanda", "0.7", 0), ("admm", "0.7", 0), ("closed_form", "0.7", 0)),
+        *(("closed_form", "0.7", 1), ("model_budget", "0.7", 0), ("model_budget", "0.7", 1)),
+        *(("wanda", "2:4", 0), ("admm", "2:4", 0), ("closed_form", "2:4", 0)),
+        ("closed_form", "2:4", 1),
+    ]
+
+
+@pytest.mark.parametrize("name", ["headline", "stories260K"])
+def test_runs_of_version_01_go_on_as_they_were_and_are_drawn(ablation, name, tmp_path):
+    saved = ablation.Path(__file__).parents[2] / "docs" / name
+    record = read_json(saved / "config.json")
+    if "start" in record:
+        pytest.skip("a run of this version")
+    here = ablation.Config(variants=tuple(record["variants"]), sparsity=tuple(record["sparsity"]))
+    again = as_recorded(here, record)
+    assert (again.start, again.targets) == ("dense", "qk")
+    assert again.steps == (400 if record["steps"] == 400 else None)
+    settings = ablation.settings_of("descent", "0.5", 0, again)
+    assert settings.gradual
+    (tmp_path / "figures").mkdir()
+    metrics = read_metrics(saved, ablation.COLUMNS)
+    shown = ablation.report(metrics, tmp_path, tmp_path / "figures")
+    assert shown.count("preset descent") == 3
+    assert len(list((tmp_path / "figures").iterdir())) == 2
+
+
+def test_the_default_variants_of_version_01_stay(ablation):
+    record = {"variants": list(ablation._EARLIER), "steps": 400, "seeds": 2}
+    again = as_recorded(ablation.Config(), record)
+    assert again.chosen == list(ablation._EARLIER)
+    again.check()

@@ -144,3 +144,20 @@ def test_a_run_that_lacks_what_no_default_stands_for(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="model=as it was before there was this choice"):
         RunFolder(tmp_path, as_recorded(other, record), resume=True).__enter__()
+
+
+@dataclass(frozen=True)
+class Table(Config):
+    """A table of parts, of which a run may have more or fewer when it goes on."""
+
+    rows: tuple[str, ...] = ()
+    """parts"""
+
+    free: ClassVar[tuple[str, ...]] = ("rows",)
+
+
+def test_free_settings_may_differ():
+    record = configuration(Table(rows=("a", "b")))
+    assert record["rows"] == ["a", "b"]
+    assert differing(record, Table(rows=("c",))) is None
+    assert differing(record, Table(rows=("c",), steps=7)) == "steps"

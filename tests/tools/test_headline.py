@@ -45,7 +45,7 @@ def ends(headline):
 
 
 def flags(run, readme, saved):
-    return ["--run", str(run), "--readme", str(readme), "--saved", str(saved)]
+    return ["--run", str(run), "--page", str(readme), "--saved", str(saved), "--write"]
 
 
 def test_the_table_goes_between_the_markers_and_can_be_made_again(headline, run, tmp_path, ends):
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_one_line(headline, run, tmp_path, capsys, ends):
     assert readme.read_text() == "no markers"
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("error: ")[2][:8] for line in lines] == [
-        *["--readme"] * 5,
+        *["--page /"] * 5,
         "--run: n",
     ]
 
@@ -97,7 +97,7 @@ def test_settings_of_another_script_are_one_line(headline, run, tmp_path, capsys
     file = run / "config.json"
     changed = json.loads(file.read_text()) | change
     file.write_text(json.dumps({k: v for k, v in changed.items() if v is not ...}))
-    assert headline.main([*flags(run, tmp_path / "README.md", tmp_path), "--show"]) == 2
+    assert headline.main(["--run", str(run)]) == 2
     shown = capsys.readouterr()
     assert f"{file}: {named}" in shown.err
     assert shown.err.count("\n") == 1
@@ -116,7 +116,7 @@ def test_damaged_metrics_are_one_line(headline, run, tmp_path, capsys, column, v
     metrics = pd.read_csv(run / "metrics.csv").astype(object)
     metrics.loc[1, column] = value  # of Wanda
     metrics.to_csv(run / "metrics.csv", index=False)
-    assert headline.main([*flags(run, tmp_path / "README.md", tmp_path), "--show"]) == 2
+    assert headline.main(["--run", str(run)]) == 2
     shown = capsys.readouterr().err
     assert named in shown
     assert shown.count("\n") == 1
@@ -146,3 +146,48 @@ def test_the_readme_has_the_tables_of_its_metrics(headline, name):
         headline.read_metrics(saved, headline.COLUMNS), headline.read_json(saved / "config.json")
     )
     assert headline.replaced(page, table, name, root / "README.md") == page
+
+
+@pytest.fixture
+def real_run(headline, tmp_path):
+    """A finished run of real.py with made-up numbers."""
+    folder = tmp_path / "smollm2"
+    folder.mkdir()
+    numbers = dict.fromkeys(headline.rows.COLUMNS.sparse, 0.5) | {"resumed": 0}
+    labels = {"targets": "qk", "sparsity": "0.5", "allocate": "matrix", "refit": 0, "distill": 0}
+    rows = [{**labels, "row": "none-0-dense", "method": "dense", "seed": 0, "perplexity": 20.0}]
+    rows += [
+        {**labels, **numbers, "row": f"qk-0.5-{m}", "method": m, "seed": 0, "perplexity": p}
+        for m, p in (("wanda", 24.0), ("gauss-newton", 21.0))
+    ]
+    pd.DataFrame(rows).assign(divergence=0.25).to_csv(folder / "metrics.csv", index=False)
+    settings = {"model": "smollm2", "calibration": "zoo", "text": None, "windows": 7, "seqlen": 9}
+    settings |= {"steps": None, "seeds": 1, "heldout": 3, "eval_windows": 5, "eval_seqlen": 11}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "environment.json").write_text('{"cpu_count": 2, "device": "cpu"}')
+    return folder
+
+
+def test_a_run_of_real_is_printed_and_written_when_asked(headline, real_run, tmp_path, capsys):
+    page, saved = tmp_path / "results.md", tmp_path / "docs" / "smollm2"
+    page.write_text("{}\n{}\n".format(*headline.markers("smollm2")))
+    before = page.read_text()
+    more = ["--page", str(page), "--saved", str(saved), "--rows", "*-wanda"]
+    assert headline.main(["--run", str(real_run), *more]) == 0
+    assert (page.read_text(), saved.exists()) == (before, False)
+    shown = capsys.readouterr().out
+    assert "| Wanda " in shown
+    assert "closed form" not in shown
+    assert "| dense " in shown
+    assert headline.main(["--run", str(real_run), *more[:4], "--write"]) == 0
+    assert "**1.00**" in page.read_text()
+    assert {f.name for f in saved.iterdir()} == {"metrics.csv", "config.json", "environment.json"}
+
+
+def test_rows_that_are_not_there_are_one_line(headline, real_run, run, capsys):
+    for folder, named in ((real_run, "--rows x: no such row"), (run, "--rows: only of a run of")):
+        assert headline.main(["--run", str(folder), "--rows", "x"]) == 2
+        assert named in capsys.readouterr().err
+    (real_run / "config.json").write_text("{}")
+    assert headline.main(["--run", str(real_run)]) == 2
+    assert "model missing or damaged" in capsys.readouterr().err

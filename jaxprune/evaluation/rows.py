@@ -1,0 +1,210 @@
+"""Pruned models judged on a text, side by side: their metrics, as a table and as figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib import ticker
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxprune.baselines import BASELINES
+from jaxprune.errors import InputError
+from jaxprune.runs import plotting
+from jaxprune.runs.metrics import Columns
+
+DENSE = "dense"
+COLUMNS = Columns(
+    ("seed", "refit", "distill", "perplexity", "divergence"),
+    texts=("row", "method", "targets", "sparsity", "allocate"),
+    sparse=(
+        *("calibration_error", "heldout_error", "achieved_sparsity"),
+        *("seconds", "peak_memory", "resumed", "calibration_tokens", "row_seconds"),
+    ),
+)
+"""Of the metrics: one row for each pruned model, and one for the dense model."""
+
+_TARGETS = {"qk": "`W_Q`, `W_K`", "all": "all maps", "none": "nothing"}
+_LOW_IS_GOOD = ("perplexity", "gap", "divergence", "calibration_error", "heldout_error")
+_SHOWN = {
+    "perplexity": "perplexity",
+    "gap": "above dense",
+    "divergence": "divergence (nats)",
+    "calibration_error": "attention error, calibration",
+    "heldout_error": "held-out",
+    "achieved_sparsity": "zeros",
+    "seconds": "seconds",
+    "peak_memory": "peak GiB",
+}
+# Smallest gap that a logarithmic axis shows.
+_LEAST_GAP = 0.01
+
+
+def name_of(method: str) -> str:
+    """A method as tables name it."""
+    names = {name: baseline.label for name, baseline in BASELINES.items()}
+    return {**names, "gauss-newton": "closed form"}.get(method, method)
+
+
+def chosen(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Names that are among the patterns (``all-0.5-*``), in their order; all without patterns.
+
+    Raises:
+      InputError: a pattern that is no name's.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            example = names[-1]
+            raise InputError(f"rows {pattern}: no such row; expected names such as {example}")
+    return [n for n in names if not patterns or any(fnmatchcase(n, p) for p in patterns)]
+
+
+def spread(values: pd.Series) -> str:
+    """Mean, and half the range where there are several seeds."""
+    mean = values.mean()
+    digits = 4 if abs(mean) < 0.1 else 3 if abs(mean) < 1 else 2
+    text = f"{mean:.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {(values.max() - values.min()) / 2:.{digits}f}"
+    return text
+
+
+def with_gaps(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Metrics with a column ``gap``, the perplexity above that of the dense row.
+
+    Raises:
+      InputError: there is no dense row.
+    """
+    dense = metrics.loc[metrics["method"] == DENSE, "perplexity"]
+    if dense.empty:
+        raise InputError("the metrics have no row of the dense model")
+    return metrics.assign(gap=metrics["perplexity"] - dense.iloc[0])
+
+
+def table(metrics: pd.DataFrame) -> str:
+    """A Markdown table: the dense row, then groups of equal maps and sparsity, best in bold."""
+    metrics = with_gaps(metrics)
+    dense = metrics[metrics["method"] == DENSE].iloc[0]
+    first = {"pruned": "nothing", "method": DENSE, "budget": "", "retraining": ""}
+    lines = [first | dict.fromkeys(_SHOWN.values(), "")]
+    lines[0][_SHOWN["perplexity"]] = f"{dense['perplexity']:.2f}"
+    pruned = metrics[metrics["method"] != DENSE]
+    for (targets, sparsity), group in pruned.groupby(["targets", "sparsity"], sort=False):
+        rows = group.groupby("row", sort=False)
+        best = {name: rows[name].mean().min() for name in _LOW_IS_GOOD}
+        for _, seeds in rows:
+            one = seeds.iloc[0]
+            line = {
+                "pruned": f"{_TARGETS.get(str(targets), targets)}, {sparsity}",
+                "method": name_of(one["method"]),
+                "budget": one["allocate"],
+                "retraining": _retraining(one),
+            }
+            for name, shown in _SHOWN.items():
+                line[shown] = _cell(seeds, name, best.get(name))
+            lines.append(line)
+    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+
+
+def _cell(seeds: pd.DataFrame, name: str, best: float | None) -> str:
+    values = seeds[name].dropna()
+    if values.empty:
+        return ""
+    if name == "seconds":
+        # Of a row that was interrupted, the time and memory of the last process alone are known.
+        return f"{'over ' if seeds['resumed'].any() else ''}{values.mean():.0f}"
+    text = f"{values.mean():.1f}" if name == "peak_memory" else spread(values)
+    return f"**{text}**" if best is not None and values.mean() == best else text
+
+
+def _retraining(row: pd.Series) -> str:
+    parts = ["blocks"] if row["refit"] else []
+    parts += [f"{row['distill']:.0f} steps of distillation"] if row["distill"] else []
+    return ", ".join(parts)
+
+
+def draw_cost(metrics: pd.DataFrame) -> Figure:
+    """Perplexity above the dense model's against seconds of pruning, a panel for each group."""
+    figure, panels = _panels(metrics, width=3.0, height=2.6, columns=3)
+    for axes, rows in panels:
+        for method, points in rows.groupby("method", sort=False):
+            look = plotting.style(str(method))
+            axes.plot(
+                points["seconds"],
+                points["gap"].clip(lower=_LEAST_GAP),
+                look.marker,
+                color=look.color,
+                label=name_of(str(method)),
+                markersize=6,
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.set_xlabel("seconds of pruning")
+        axes.set_ylabel("perplexity above dense")
+    handles: dict[str, Artist] = {}
+    for axes in figure.axes:
+        found, labels = axes.get_legend_handles_labels()
+        handles |= dict(zip(map(str, labels), found, strict=True))
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False
+    )
+    return figure
+
+
+def draw_gaps(metrics: pd.DataFrame) -> Figure:
+    """Perplexity above the dense model's of every row, a dot for each seed."""
+    longest = metrics.groupby(["targets", "sparsity"])["row"].nunique().max()
+    figure, panels = _panels(metrics, width=5.0, height=0.9 + 0.22 * longest, columns=2)
+    for axes, rows in panels:
+        names = list(dict.fromkeys(rows["row"]))
+        labels = []
+        for place, name in enumerate(names):
+            points = rows[rows["row"] == name]
+            one = points.iloc[0]
+            look = plotting.style(one["method"])
+            gaps = points["gap"].clip(lower=_LEAST_GAP)
+            axes.plot(gaps, [place] * len(gaps), look.marker, color=look.color, markersize=5)
+            shared = "" if one["allocate"] == "matrix" else f"budget: {one['allocate']}"
+            retrained = f"retrained: {_retraining(one)}" if _retraining(one) else ""
+            notes = [note for note in (shared, retrained) if note]
+            labels.append(name_of(one["method"]) + (f" ({'; '.join(notes)})" if notes else ""))
+        axes.set_yticks(range(len(names)), labels)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel("perplexity above dense")
+    return figure
+
+
+def _panels(
+    metrics: pd.DataFrame, *, width: float, height: float, columns: int
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """Axes with a title and the rows of each group of equal maps and sparsity."""
+    pruned = with_gaps(metrics)
+    pruned = pruned[pruned["method"] != DENSE]
+    groups = list(pruned.groupby(["targets", "sparsity"], sort=False))
+    if not groups:
+        raise InputError("the metrics have no row of a pruned model")
+    columns = min(columns, len(groups))
+    lines = -(-len(groups) // columns)
+    figure, grid = plt.subplots(
+        lines,
+        columns,
+        figsize=(width * columns, height * lines + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
+    panels = []
+    for axes, ((targets, sparsity), rows) in zip(grid.flat, groups, strict=False):
+        title = "$W_Q$, $W_K$" if targets == "qk" else "all maps"
+        axes.set_title(f"{title}, {sparsity}")
+        panels.append((axes, rows))
+    for axes in list(grid.flat)[len(groups) :]:
+        axes.remove()
+    return figure, panels
