@@ -4,7 +4,8 @@ A mask has d² entries and is fitted on the rows of the attention matrices of th
 tokens. Two numbers decide what carries over to fresh text: how peaked attention is (the standard
 deviation of the logits), and how many calibration tokens there are for each mask entry. The map
 shows, for both, the error of Algorithm 1 relative to ranking the fused weights by magnitude, which
-looks at no data, on the calibration tokens and on fresh ones, and the gap between the two.
+looks at no data, on the calibration tokens and on fresh ones, and the gap between the two. Beside
+it stands the error of the closed form, preset ``gauss_newton``, on fresh tokens.
 
 Synthetic activations are isotropic or correlated (covariance eigenvalues i^-1); real heads are
 those of a model, their fused weight multiplied so that its logits have the scale asked for.
@@ -54,11 +55,12 @@ from jaxprune.sparsity import Sparsity
 SYNTHETIC = {"isotropic": 0.0, "correlated": 1.0}  # exponents of the covariance's power law
 REAL = "real heads"
 BASELINE = "fused_magnitude"
+CLOSED_FORM = "gauss_newton"
 HELDOUT = 8
 COLUMNS = Columns(
     ("logits_std", "tokens_per_entry", "index", "calibration_error", "heldout_error"),
     texts=("data", "method"),
-    known={"method": (ALGORITHM1, BASELINE)},
+    known={"method": (ALGORITHM1, BASELINE, CLOSED_FORM)},
 )
 
 
@@ -198,6 +200,7 @@ def compute(
     outcomes = {
         ALGORITHM1: judge(problems, *pruned),
         BASELINE: compare(problems, ratios, method=BASELINE),
+        CLOSED_FORM: compare(problems, ratios, method=CLOSED_FORM),
     }
     _, b, n, d = problems.x.shape
     return [
@@ -228,10 +231,11 @@ def plan(config: Config) -> Iterator[tuple[str, str, float, float]]:
 
 
 def ratios_of(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The three numbers of the map at every point, geometric means over draws or heads.
+    """The numbers of the map at every point, geometric means over draws or heads.
 
-    Algorithm 1 over fused magnitude, on calibration and on held-out tokens, and its held-out over
-    its calibration error.
+    Algorithm 1 over fused magnitude, on calibration and on held-out tokens, its held-out over its
+    calibration error, and the closed form over fused magnitude on held-out tokens; NaN where a
+    point of a run of an earlier version lacks it.
     """
     point = ["data", "logits_std", "tokens_per_entry"]
     errors = metrics.pivot_table(
@@ -245,6 +249,8 @@ def ratios_of(metrics: pd.DataFrame) -> pd.DataFrame:
             "gap": np.log(heldout[ALGORITHM1] / calibration[ALGORITHM1]),
         }
     )
+    if CLOSED_FORM in heldout:
+        logarithms["closed_form"] = np.log(heldout[CLOSED_FORM] / heldout[BASELINE])
     return np.exp(logarithms.groupby(level=point, sort=False).mean()).reset_index()
 
 
@@ -252,22 +258,24 @@ TITLES = {
     "calibration": "error on calibration tokens,\nAlgorithm 1 / fused magnitude",
     "heldout": "error on fresh tokens,\nAlgorithm 1 / fused magnitude",
     "gap": "Algorithm 1: fresh tokens /\ncalibration tokens",
+    "closed_form": "error on fresh tokens,\nGauss-Newton / fused magnitude",
 }
 
 
 def draw(metrics: pd.DataFrame) -> plt.Figure:
-    """Rows: kinds of data. Columns: the three numbers; blue below one, red above."""
+    """Rows: kinds of data. Columns: the numbers; blue below one, red above."""
     table = ratios_of(metrics)
+    measures = [m for m in TITLES if m in table]
     kinds = list(dict.fromkeys(metrics["data"]))
     figure, axes = plt.subplots(
         len(kinds),
-        3,
-        figsize=(9.6, 0.8 + 2.3 * len(kinds)),
+        len(measures),
+        figsize=(3.2 * len(measures), 0.8 + 2.3 * len(kinds)),
         squeeze=False,
         layout="constrained",
     )
     for i, kind in enumerate(kinds):
-        for j, measure in enumerate(TITLES):
+        for j, measure in enumerate(measures):
             cell = axes[i, j]
             image = panel(cell, table[table["data"] == kind], measure)
             if j == 0:
@@ -283,12 +291,14 @@ def draw(metrics: pd.DataFrame) -> plt.Figure:
 
 def panel(cell: Axes, here: pd.DataFrame, measure: str) -> plt.cm.ScalarMappable:
     """One map, its numbers written in."""
-    grid = here.pivot_table(index="tokens_per_entry", columns="logits_std", values=measure)
+    grid = here.pivot(index="tokens_per_entry", columns="logits_std", values=measure)
     values = np.log2(grid.to_numpy())
     image = cell.imshow(
         values, aspect="auto", origin="lower", cmap="RdBu_r", norm=TwoSlopeNorm(0, -5, 5)
     )
     for (i, j), value in np.ndenumerate(grid.to_numpy()):
+        if np.isnan(value):
+            continue
         colour = "white" if abs(values[i, j]) > 3 else "black"
         cell.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=6, color=colour)
     cell.set_xticks(range(grid.shape[1]), [f"{v:g}" for v in grid.columns], fontsize=7)

@@ -16,7 +16,7 @@ For example::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,8 @@ from jaxprune.sparsity import Sparsity
 from jaxprune.storage import read_arrays, replacing, write_arrays, write_json
 
 SHOWN = (ALGORITHM1, *METHODS)
+# Those of version 0.1.
+SHOWN_BEFORE = (ALGORITHM1, "wanda", "sparsegpt", "fused_magnitude", "ranking", "descent")
 COLUMNS = Columns(
     ("layer", "head", "ratio", "calibration_error", "heldout_error", "stored_weights"),
     texts=("method",),
@@ -104,7 +106,8 @@ class Config:
     ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
     """fractions removed"""
     methods: tuple[str, ...] = SHOWN
-    """algorithm1, wanda, sparsegpt, fused_magnitude, ranking, descent"""
+    """algorithm1, magnitude, wanda, sparsegpt, admm, fused_magnitude, ranking, gauss_newton,
+    descent"""
     steps: int = 300
     """gradient-descent steps of Algorithm 1"""
     batch_size: int = 4
@@ -126,6 +129,7 @@ class Config:
     )
 
     memory_flags: ClassVar[str] = "--head-batch, --windows or --batch-size"
+    earlier: ClassVar[Mapping[str, Any]] = {"methods": SHOWN_BEFORE}
 
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""

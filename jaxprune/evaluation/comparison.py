@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +115,8 @@ def _fused_magnitude(x: Array, w: Array, ratio: Array) -> Pruned:
     return pruned.weight, (pruned.keep_mask,)
 
 
-def _descent(x: Array, w: Array, ratio: Array, steps: int | None = None) -> Pruned:
-    pruned = prune_attention(x, w, Sparsity(ratio), preset="descent", steps=steps)
+def _preset(x: Array, w: Array, ratio: Array, **options: Any) -> Pruned:
+    pruned = prune_attention(x, w, Sparsity(ratio), **options)
     return pruned.weight, (pruned.keep_mask,)
 
 
@@ -124,9 +125,11 @@ _ON_PROJECTIONS: dict[str, Callable[..., Pruned]] = {
 }
 _ON_FUSED: dict[str, Callable[..., Pruned]] = {
     "fused_magnitude": _fused_magnitude,
-    # Where preset `descent` starts, and stays if nothing better validates.
-    "ranking": partial(_descent, steps=0),
-    "descent": _descent,
+    # Where the presets stay if nothing better validates.
+    "ranking": partial(_preset, preset="descent", start="dense", steps=0),
+    "gauss_newton": partial(_preset, preset="gauss_newton"),
+    # From dense weights, as it finds a mask of its own; from the closed form it hardly moves.
+    "descent": partial(_preset, preset="descent", start="dense"),
 }
 ON_PROJECTIONS = tuple(_ON_PROJECTIONS)
 METHODS = (*_ON_PROJECTIONS, *_ON_FUSED)

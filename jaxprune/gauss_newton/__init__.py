@@ -5,7 +5,13 @@
 puts them together for the projections of attention. Arrays in, arrays out.
 """
 
-from jaxprune.gauss_newton.admm import Factor, PrunedKronecker, factorise, kronecker_admm
+from jaxprune.gauss_newton.admm import (
+    Factor,
+    PrunedKronecker,
+    factorise,
+    kronecker_admm,
+    redamped,
+)
 from jaxprune.gauss_newton.moments import Form, Moments, gauss_newton_moments
 from jaxprune.gauss_newton.query_key import (
     QueryKeyMoments,
@@ -29,4 +35,5 @@ __all__ = [
     "kronecker_admm",
     "prune_query_key_on",
     "query_key_moments",
+    "redamped",
 ]

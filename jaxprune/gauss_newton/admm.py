@@ -123,6 +123,21 @@ def _factorise(f: Array, damping: Array) -> Factor:
     return Factor(jnp.where(indefinite, positive, unit), scale, clipped, vectors, damping)
 
 
+def redamped(factor: Factor, damping: float | Array) -> Factor:
+    """The factor with another damping, ``(S F S + δ I) / (1 + δ)``, from the same eigenvectors.
+
+    Args:
+      factor: of ``factorise``.
+      damping: ``δ``, at least that of ``factor``.
+    """
+    damping = jnp.asarray(damping, factor.matrix.dtype)
+    more, total = damping - factor.damping, 1 + damping
+    identity = jnp.eye(factor.matrix.shape[-1], dtype=factor.matrix.dtype)
+    matrix = ((1 + factor.damping) * factor.matrix + more * identity) / total
+    values = ((1 + factor.damping) * factor.values + more) / total
+    return Factor(matrix, factor.scale, values, factor.vectors, damping)
+
+
 def kronecker_admm(
     w: Float[Array, "d_in d_out"],
     a: Float[Array, "d_in d_in"] | Factor,

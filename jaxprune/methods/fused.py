@@ -1,13 +1,15 @@
 """Pruning the fused attention weight ``W = W_Q W_Kᵀ`` of one head: presets of the descent.
 
-``paper`` is Algorithm 1 to the letter; ``descent`` is the best we know. Both return a weight and
-a keep mask with exact counts. For several heads, seeds or sparsities, ``jax.vmap``.
+``paper`` is Algorithm 1 to the letter, ``gauss_newton`` its error to second order in closed form,
+``descent`` goes on from there on the error itself. All return a weight and a keep mask with exact
+counts. For several heads, seeds or sparsities, ``jax.vmap``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,15 +29,22 @@ from jaxprune.attention import (
 from jaxprune.convergence.curvature import certified_lipschitz
 from jaxprune.convergence.step_sizes import StepRule, gradient_descent
 from jaxprune.convergence.theorem import per_step
-from jaxprune.descent.gradual import gradual_descent, split_axis, split_sequences
+from jaxprune.descent.gradual import (
+    gradual_descent,
+    refit_descent,
+    split_axis,
+    split_sequences,
+)
 from jaxprune.descent.loop import Descent, DescentResult, Trace, descend
 from jaxprune.descent.relaxations import none
 from jaxprune.errors import InputError
+from jaxprune.gauss_newton import Factor, factorise, fused_moments, kronecker_admm, redamped
 from jaxprune.importance import fused_ranking
 from jaxprune.objective import fused_error
 from jaxprune.sparsity import Sparsity, keep_mask
 
-Preset = Literal["paper", "descent"]
+Preset = Literal["paper", "gauss_newton", "descent"]
+Start = Literal["gauss_newton", "dense"]
 
 # Grids of Algorithm 1. λ is relative to the root mean square of the error's gradient at M = 0,
 # which follows the scale of the weights; step sizes are given as the decay η·λ of a mask entry
@@ -68,6 +77,13 @@ _FEW = _DescentDefaults(steps=400, learning_rate=0.05, anchor_weight=0.1, shuffl
 _MANY = _DescentDefaults(steps=600, learning_rate=0.1, anchor_weight=0.03, shuffled=0.5)
 
 
+# Dampings of the closed form that are tried: the moments as they are, and shrunk to their diagonals
+# by a tenth, a half and three quarters.
+_DAMPINGS = (0.01, 0.1, 1.0, 3.0)
+# Standard errors by which a closed form must beat the ranking on held-back rows.
+_MARGIN = 3.0
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PrunedAttention:
@@ -77,11 +93,13 @@ class PrunedAttention:
       weight: exact zeros where dropped.
       keep_mask: True where kept.
       trace: loss and squared gradient norm at every step, validation errors.
-      lam: λ used (chosen from a grid where none was given), the anchor weight of ``descent``.
-      learning_rate: step size used; NaN where a rule chose one at every step.
+      lam: λ used (chosen from a grid where none was given); the anchor weight of ``descent``; the
+        damping of ``gauss_newton``, infinite where the ranking stayed.
+      learning_rate: step size used; NaN where a rule chose one at every step, or without steps.
       calibration_error: relative error of the attention on ``x``.
       initial_error: the same for the preset's initialisation, the rounded starting point.
-      best_step: step of the iterate that was kept; 0 is the initialisation.
+      best_step: step of the iterate that was kept; 0 is the initialisation. The closed form is
+        step 1 of ``gauss_newton``.
       rejected_steps: updates left out because they were not finite.
     """
 
@@ -102,6 +120,7 @@ def prune_attention(
     sparsity: Sparsity | Any,
     *,
     preset: Preset = "paper",
+    start: Start = "gauss_newton",
     lam: ArrayLike | None = None,
     learning_rate: ArrayLike | StepRule | None = None,
     steps: int | None = None,
@@ -116,28 +135,36 @@ def prune_attention(
     ``paper`` minimises ``½‖D̃⁻¹Ã − D⁻¹A‖_F² + ½λ‖M‖_F²`` over the mask by gradient descent from
     ``M = 1`` and keeps the largest entries of the last mask; kept weights are those of ``w``.
 
-    ``descent`` lets kept weights adapt while a hard mask, the best by ``|w_ij| ‖x_i‖ ‖x_j‖`` of
-    the current weights, tightens on a cubic schedule (Adam, cosine decay, minibatches, a small
-    pull to the dense weights; see ``descent.relaxations.gradual``). Rows see the tokens of their
+    ``gauss_newton`` minimises the error to second order at ``M = 1``, ``½ tr(A E B Eᵀ)`` with
+    ``E = W̃ − W`` and ``B = Σ_i xᵀ J_i² x``, ``J_i = diag(F_i) − F_i F_iᵀ``, by
+    ``gauss_newton.kronecker_admm``; kept weights adapt. A part of the calibration data is held
+    back. On it, closed forms of the others at a few dampings are compared with the best entries
+    by ``|w_ij| ‖x_i‖ ‖x_j‖``, and that ranking stays unless one is better beyond the noise: with
+    few tokens ``A`` and ``B`` are noise. The damping chosen is used on all of the data.
+
+    ``descent`` starts from what that comparison chose, and lets the kept weights adapt to the
+    error itself (Adam, cosine decay, minibatches, a small pull to the start). With
+    ``start="dense"`` it finds the mask too, the best by the ranking of the current weights, which
+    tightens on a cubic schedule; see ``descent.relaxations.gradual``. Rows see the tokens of their
     sequence in a new random order at every step: the fused logits know no positions, and new
     orders show every query against other keys. From 64 sequences on it takes longer and larger
-    steps with a weaker penalty, and keeps half of the orders. A part of the calibration data is
-    held back, and an iterate replaces the initialisation only where it is better on that part
-    beyond its noise.
+    steps with a weaker penalty, and keeps half of the orders. An iterate replaces the
+    initialisation only where it is better on the data held back beyond its noise.
 
     Args:
       x: activations ``[n, d]`` or ``[b, n, d]``.
       w: fused weight, any scale ``1/√k`` included.
       sparsity: ``Sparsity`` or what ``Sparsity.parse`` reads; a ratio is of the whole matrix.
-      preset: ``"paper"`` or ``"descent"``.
+      preset: ``"paper"``, ``"gauss_newton"`` or ``"descent"``.
+      start: of ``descent``: ``"gauss_newton"`` or ``"dense"``.
       lam: λ of ``paper``; if ``None``, a vmapped grid of λ (and step sizes), chosen on the
-        calibration error. For ``descent``, weight of the penalty on the distance to the dense
-        weights.
+        calibration error. Damping of ``gauss_newton``; if ``None``, chosen on data held back. For
+        ``descent``, weight of the penalty on the distance to the weights it starts from.
       learning_rate: η of ``paper`` (a grid if ``None``), or the name of a rule that chooses it,
         see ``convergence.gradient_descent``; of ``descent``, Adam's step in units of the mean of
         ``|w|``.
       steps: updates; if ``None``, 300 for ``paper``, 400 for ``descent``, or 600 from 64 sequences
-        on.
+        on; ``gauss_newton`` takes none.
       batch_size: sequences of a step; all for ``paper``, 4 for ``descent`` if ``None``.
       causal: Def. 3.2 if true, else Def. 1.2.
       row_weights: weight of every token's row in the error; zero leaves a row out.
@@ -163,14 +190,21 @@ def prune_attention(
     sparsity.check_divides(w.shape[0])
     if preset not in get_args(Preset):
         raise InputError(f"preset {preset!r}: expected one of {', '.join(get_args(Preset))}")
+    if start not in get_args(Start):
+        raise InputError(f"start {start!r}: expected one of {', '.join(get_args(Start))}")
     if steps is not None and steps < 0:
         raise InputError(f"steps {steps}: expected a number of updates, 0 or more")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size {batch_size}: expected a number of sequences, 1 or more")
+    if preset == "gauss_newton":
+        _check_closed_form(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     prune = _PRESETS[preset]
     if not isinstance(sparsity.ratio, jax.core.Tracer):
         prune = jax.jit(
-            prune, static_argnames=("sparsity", "steps", "batch_size", "causal", "rule", "monitor")
+            prune,
+            static_argnames=(
+                *("sparsity", "start", "steps", "batch_size", "causal", "rule", "monitor"),
+            ),
         )
     return prune(
         x.reshape(-1, *x.shape[-2:]),
@@ -180,6 +214,7 @@ def prune_attention(
         rate,
         jax.random.key(0) if key is None else key,
         sparsity=sparsity,
+        start=start,
         steps=steps,
         batch_size=batch_size,
         causal=causal,
@@ -188,13 +223,19 @@ def prune_attention(
     )
 
 
+def _check_closed_form(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} {value}: the preset gauss_newton takes no steps")
+
+
 def _check_rule(rule: str, preset: str) -> None:
     if rule not in get_args(StepRule):
         raise InputError(
             f"learning_rate {rule!r}: expected a number or one of {', '.join(get_args(StepRule))}"
         )
-    if preset == "descent":
-        raise InputError(f"learning_rate {rule!r}: the preset descent takes numbers only")
+    if preset != "paper":
+        raise InputError(f"learning_rate {rule!r}: the preset {preset} takes numbers only")
 
 
 def _all_rows(x: Array, row_weights: Array | None) -> Float[Array, "b n"]:
@@ -267,6 +308,7 @@ def _paper(
     key: Array,
     *,
     sparsity: Sparsity,
+    start: Start,
     steps: int | None,
     batch_size: int | None,
     causal: bool,
@@ -274,6 +316,7 @@ def _paper(
     monitor: bool,
 ) -> PrunedAttention:
     """Algorithm 1 at every point of the grid that is left open; the best one is returned."""
+    del start  # of descent
 
     def one(lam: Array, rate: Array) -> PrunedAttention:
         found = algorithm1(
@@ -310,38 +353,199 @@ def _descent(
     key: Array,
     *,
     sparsity: Sparsity,
+    start: Start,
     steps: int | None,
     batch_size: int | None,
     causal: bool,
     rule: StepRule | None,
     monitor: bool,
 ) -> PrunedAttention:
-    """Gradual pruning with weights that adapt, validated on data held back."""
+    """Weights that adapt under a mask in closed form, or gradual pruning, validated."""
     del rule  # refused before
     default = _MANY if x.shape[0] >= _MANY_SEQUENCES else _FEW
     steps = default.steps if steps is None else steps
     fit, validation = split_calibration(fused_data(x, w, row_weights))
     rate = jnp.asarray(default.learning_rate if learning_rate is None else learning_rate, w.dtype)
     anchor_weight = jnp.asarray(default.anchor_weight if lam is None else lam, w.dtype)
-    descent = gradual_descent(
-        partial(_objective, causal=causal),
-        w,
-        sparsity,
-        rank=fused_ranking(fit["x"], fit["row_weights"]),
-        group="matrix",
-        steps=steps,
-        learning_rate=rate,
-        anchor_weight=anchor_weight,
-        batch_size=4 if batch_size is None else batch_size,
-        augment=partial(shuffle_tokens, share=default.shuffled),
-        sample_errors=partial(_weighted_row_errors, causal=causal),
-        monitor=per_step if monitor else None,
-    )
-    found = descend(descent, w, fit, key=key, validation=validation)
+    sample_errors = partial(_weighted_row_errors, causal=causal)
+    options: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": rate,
+        "batch_size": 4 if batch_size is None else batch_size,
+        "augment": partial(shuffle_tokens, share=default.shuffled),
+        "monitor": per_step if monitor else None,
+    }
+    if start == "gauss_newton":
+        (form,) = _forms([fit], w, key, causal)
+        first = _validated_closed_form(form, fit, validation, w, sparsity, causal)
+        begin, unit = first.weight, jnp.mean(jnp.abs(w))
+        descent = refit_descent(
+            sample_errors,
+            begin,
+            first.keep_mask,
+            penalty=lambda v: anchor_weight * jnp.mean(((v - begin) / unit) ** 2),
+            **options,
+        )
+    else:
+        begin = w
+        descent = gradual_descent(
+            partial(_objective, causal=causal),
+            w,
+            sparsity,
+            rank=fused_ranking(fit["x"], fit["row_weights"]),
+            group="matrix",
+            anchor_weight=anchor_weight,
+            sample_errors=sample_errors,
+            **options,
+        )
+    found = descend(descent, begin, fit, key=key, validation=validation)
     return _result(found, x, w, row_weights, anchor_weight, rate, causal)
 
 
-_PRESETS: dict[str, Callable[..., PrunedAttention]] = {"paper": _paper, "descent": _descent}
+class _ClosedForm(NamedTuple):
+    """A weight in closed form or by the ranking, and what chose it.
+
+    Attributes:
+      weight: exact zeros where dropped.
+      keep_mask: True where kept.
+      damping: infinite where it is the ranking.
+      errors: validation errors of the ranking and of every damping.
+    """
+
+    weight: Float[Array, "d d"]
+    keep_mask: Bool[Array, "d d"]
+    damping: Float[Array, ""]
+    errors: Float[Array, " candidates"]
+
+
+def _by_ranking(
+    data: PyTree, w: Float[Array, "d d"], sparsity: Sparsity
+) -> tuple[Float[Array, "d d"], Bool[Array, "d d"]]:
+    kept = keep_mask(fused_ranking(data["x"], data["row_weights"])(w), sparsity)
+    return jnp.where(kept, w, 0), kept
+
+
+class _Form(NamedTuple):
+    """Factors of the Gauss-Newton form of some data, not damped."""
+
+    inputs: Factor
+    outputs: Factor
+
+
+def _forms(
+    parts: list[PyTree], w: Float[Array, "d d"], key: Key[Array, ""], causal: bool
+) -> list[_Form]:
+    """The form of each of several data, all diagonalised in one go, one matrix after the other.
+
+    On a CPU independent decompositions may wait for each other, see ``gauss_newton.admm``.
+    """
+    moments = [
+        fused_moments(p["x"], w, causal=causal, row_weights=p["row_weights"], key=key)
+        for p in parts
+    ]
+    factors = factorise(jnp.stack([m for form in moments for m in form]), 0.0)
+
+    def at(places: int | slice) -> Factor:
+        return replace(
+            factors,
+            matrix=factors.matrix[places],
+            scale=factors.scale[places],
+            values=factors.values[places],
+            vectors=factors.vectors[places],
+        )
+
+    return [_Form(at(2 * i), at(slice(2 * i + 1, 2 * i + 2))) for i in range(len(parts))]
+
+
+def _solve(
+    form: _Form, w: Float[Array, "d d"], sparsity: Sparsity, damping: Float[Array, ""]
+) -> tuple[Float[Array, "d d"], Bool[Array, "d d"]]:
+    pruned = kronecker_admm(
+        w, redamped(form.inputs, damping), redamped(form.outputs, damping), sparsity
+    )
+    return pruned.weight, pruned.keep_mask
+
+
+def _validated_closed_form(
+    form: _Form,
+    fit: PyTree,
+    validation: PyTree,
+    w: Float[Array, "d d"],
+    sparsity: Sparsity,
+    causal: bool,
+) -> _ClosedForm:
+    """The best of the closed forms on held-back rows, the ranking unless it is beaten clearly."""
+    dampings = jnp.asarray(_DAMPINGS, w.dtype)
+    ranked = _by_ranking(fit, w, sparsity)
+    solved = jax.lax.map(partial(_solve, form, w, sparsity), dampings)
+    weights, kept = (jnp.concatenate([r[None], s]) for r, s in zip(ranked, solved, strict=True))
+    rows = jax.lax.map(lambda v: _weighted_row_errors(v, validation, causal), weights)
+    gain = rows[0] - rows
+    clear = gain.mean(axis=1) > _MARGIN * gain.std(axis=1) / math.sqrt(gain.shape[1])
+    errors = rows.mean(axis=1)
+    # NaN is not clear; the ranking is there where nothing is.
+    chosen = jnp.argmin(jnp.where(clear, errors, jnp.inf).at[0].set(errors[0]))
+    damping = jnp.concatenate([jnp.full(1, jnp.inf, w.dtype), dampings])[chosen]
+    return _ClosedForm(weights[chosen], kept[chosen], damping, errors)
+
+
+def _gauss_newton(
+    x: Array,
+    w: Array,
+    row_weights: Array,
+    lam: ArrayLike | None,
+    learning_rate: ArrayLike | None,
+    key: Array,
+    *,
+    sparsity: Sparsity,
+    start: Start,
+    steps: int | None,
+    batch_size: int | None,
+    causal: bool,
+    rule: StepRule | None,
+    monitor: bool,
+) -> PrunedAttention:
+    """The closed form, its damping validated on data held back and used on all of it."""
+    del learning_rate, steps, batch_size, rule, start  # refused before, or of descent
+    data = fused_data(x, w, row_weights)
+    errors = jnp.zeros(0, w.dtype)
+    if lam is None:
+        fit, validation = split_calibration(data)
+        whole, part = _forms([data, fit], w, key, causal)
+        found = _validated_closed_form(part, fit, validation, w, sparsity, causal)
+        damping, errors = found.damping, found.errors
+    else:
+        (whole,) = _forms([data], w, key, causal)
+        damping = jnp.asarray(lam, w.dtype)
+    solvable = jnp.isfinite(damping)
+    ranked = _by_ranking(data, w, sparsity)
+    solved = _solve(whole, w, sparsity, jnp.where(solvable, damping, 1.0))
+    weight, kept = (jnp.where(solvable, s, r) for r, s in zip(ranked, solved, strict=True))
+    # A descent of no steps: the same trace, and what a monitor sees.
+    none_left = refit_descent(
+        partial(_weighted_row_errors, causal=causal),
+        weight,
+        kept,
+        steps=0,
+        learning_rate=0.0,
+        batch_size=x.shape[0],
+        monitor=per_step if monitor else None,
+    )
+    result = descend(none_left, weight, data, key=key)
+    result = replace(
+        result,
+        initial_weights=ranked[0],
+        trace=replace(result.trace, validation_error=errors),
+        state=replace(result.state, step=solvable.astype(jnp.int32)),
+    )
+    return _result(result, x, w, row_weights, damping, jnp.full_like(damping, jnp.nan), causal)
+
+
+_PRESETS: dict[str, Callable[..., PrunedAttention]] = {
+    "paper": _paper,
+    "gauss_newton": _gauss_newton,
+    "descent": _descent,
+}
 
 
 def _result(

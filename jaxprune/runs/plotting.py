@@ -1,7 +1,7 @@
 """Figures from saved metrics: one palette, one style, PNG and SVG.
 
-Colours are those of Okabe & Ito, told apart with any colour vision; every method also has its
-own marker and dash, for print without colour.
+Colours are those of Okabe & Ito and one of Tol, told apart with any colour vision; every method
+also has its own marker and dash, for print without colour.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ STYLES = {
     "sparsegpt": Style("SparseGPT on $W_Q$, $W_K$", "#009E73", "^", "-."),
     "fused_magnitude": Style("fused magnitude", "#999999", "D", ":"),
     "ranking": Style("descent's initial ranking", "#E69F00", "v", ":"),
+    "gauss_newton": Style("Gauss-Newton, closed form", "#56B4E9", "h", "-"),
     "descent": Style("preset descent", "#000000", "*", "-"),
     "magnitude": Style("magnitude on $W_Q$, $W_K$", "#CC79A7", "x", "--"),
+    "admm": Style("ADMM on $W_Q$, $W_K$", "#882255", "d", "-."),
     "algorithm1_rope": Style("Algorithm 1, on the logits with RoPE", "#D55E00", "o", ":"),
     "descent_rope": Style("descent, on the logits with RoPE", "#000000", "P", "--"),
 }
 
 # For methods without a style of their own.
-_SPARE_COLORS = ("#56B4E9", "#F0E442", "#882255", "#44AA99", "#AA4499")
-_SPARE_MARKERS = "hpd8<>"
+_SPARE_COLORS = ("#F0E442", "#44AA99", "#AA4499", "#DDCC77", "#332288")
+_SPARE_MARKERS = "p8<>X"
 
 
 def style(method: str) -> Style:

@@ -11,6 +11,7 @@ import reference
 
 from jaxprune.evaluation.comparison import METHODS, ON_PROJECTIONS
 from jaxprune.evaluation.heads import from_model, read_layer
+from jaxprune.runs.configuration import as_recorded
 
 COLUMNS = ["layer", "head", "method", "ratio"]
 COLUMNS += ["calibration_error", "heldout_error", "stored_weights", "lam"]
@@ -142,6 +143,12 @@ def test_figure_table_and_settings_are_there(finished):
     assert config["ratios"] == [0.25, 0.5]
     assert config["head_batch"] == 3
     assert (out / "environment.json").exists()
+
+
+def test_a_run_of_version_0_1_goes_on_with_its_methods(heads):
+    then = ("algorithm1", "wanda", "sparsegpt", "fused_magnitude", "ranking", "descent")
+    assert as_recorded(heads.Config(), {"methods": list(then)}).methods == then
+    assert as_recorded(heads.Config(), {"methods": list(heads.SHOWN)}).methods == heads.SHOWN
 
 
 def test_the_summary_names_the_worst_head(finished):

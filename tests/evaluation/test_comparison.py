@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from jaxprune import Sparsity, baselines, prune_attention, relative_error
-from jaxprune.evaluation.comparison import METHODS, FusedProblem, compare, compare_algorithm1
+from jaxprune.evaluation.comparison import (
+    METHODS,
+    ON_PROJECTIONS,
+    FusedProblem,
+    compare,
+    compare_algorithm1,
+)
 from jaxprune.methods.fused import algorithm1
 from jaxprune.sparsity import keep_mask
 
@@ -30,14 +36,18 @@ def problems(key):
 def pruned_by_hand(method, x, wq, wk, ratio):
     """Effective fused weight and keep masks of one head."""
     w = wq @ wk.T
-    if method in ("wanda", "sparsegpt"):
-        q, k = (getattr(baselines, method)(x, p, ratio) for p in (wq, wk))
+    if method in ON_PROJECTIONS:
+        q, k = (baselines.BASELINES[method].prune(x, p, Sparsity(ratio)) for p in (wq, wk))
         return q.weight @ k.weight.T, (q.keep_mask, k.keep_mask)
     if method == "fused_magnitude":
         pruned = baselines.magnitude(w, ratio)
     else:
-        steps = 0 if method == "ranking" else None
-        pruned = prune_attention(x, w, ratio, preset="descent", steps=steps)
+        options = {
+            "ranking": {"preset": "descent", "start": "dense", "steps": 0},
+            "gauss_newton": {"preset": "gauss_newton"},
+            "descent": {"preset": "descent", "start": "dense"},
+        }
+        pruned = prune_attention(x, w, ratio, **options[method])
     return pruned.weight, (pruned.keep_mask,)
 
 
@@ -62,7 +72,7 @@ def test_outcomes_are_those_of_the_method_head_by_head(problems, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_stored_weights_count_both_projections_or_the_fused_matrix(problems, method):
     stored = compare(problems, RATIOS, method=method).stored_weights
-    expected = [72, 48] if method in ("wanda", "sparsegpt") else [48, 32]
+    expected = [72, 48] if method in ON_PROJECTIONS else [48, 32]
     assert stored.tolist() == [expected] * 3
 
 

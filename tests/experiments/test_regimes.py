@@ -63,6 +63,25 @@ def test_the_map_shows_geometric_means_of_error_ratios(regimes):
     np.testing.assert_allclose(table[["calibration", "heldout", "gap"]], [[1.0, 1.0, 2.0]])
 
 
+def test_the_map_has_the_closed_form_where_the_metrics_have_it(regimes):
+    rows = [
+        ("isotropic", std, 0.5, method, 0, error, error)
+        for std in (1.0, 2.0)
+        for method, error in (("algorithm1", 2), ("fused_magnitude", 4), ("gauss_newton", 1))
+    ]
+    columns = ["data", "logits_std", "tokens_per_entry", "method", "index"]
+    frame = pd.DataFrame(rows, columns=[*columns, "calibration_error", "heldout_error"])
+    np.testing.assert_allclose(regimes.ratios_of(frame)["closed_form"], 0.25)
+    assert len(regimes.draw(frame).axes) == 5
+    # A run begun by version 0.1 and gone on with, and one that ended there.
+    closed = frame["method"] == "gauss_newton"
+    begun = frame[~(closed & (frame["logits_std"] == 1.0))]
+    np.testing.assert_allclose(regimes.ratios_of(begun)["closed_form"], [np.nan, 0.25])
+    regimes.draw(begun)
+    assert "closed_form" not in regimes.ratios_of(frame[~closed])
+    assert len(regimes.draw(frame[~closed]).axes) == 4
+
+
 @pytest.mark.slow
 def test_a_small_map_is_drawn(regimes, tmp_path, checkpoint):
     text = tmp_path / "text.txt"

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxprune.evaluation.comparison import METHODS
+from jaxprune.evaluation.comparison import METHODS, ON_PROJECTIONS
 
 COLUMNS = ["setting", "k", "n", "lam", "ratio", "method", "seed"]
 COLUMNS += ["calibration_error", "heldout_error", "stored_weights", "exponent", "learning_rate"]
@@ -47,7 +47,7 @@ def test_every_point_has_a_row_in_the_documented_columns(finished):
 
 def test_stored_weights_are_what_the_ratio_leaves(finished):
     metrics = pd.read_csv(finished / "metrics.csv")
-    separate = metrics["method"].isin(["wanda", "sparsegpt"])
+    separate = metrics["method"].isin(ON_PROJECTIONS)
     dense = np.where(separate, 2 * 8 * metrics["k"], 64)
     assert (metrics["stored_weights"] == dense * (1 - metrics["ratio"])).all()
 
@@ -106,6 +106,15 @@ def test_equal_storage_sets_side_by_side_what_stores_the_same(finished):
     for method in ("wanda", "descent"):
         expected = at[at["method"] == method]["heldout_error"].mean()
         np.testing.assert_allclose(row[method], expected)
+
+
+def test_metrics_without_the_methods_of_later_versions_are_drawn(synthetic, finished, tmp_path):
+    metrics = pd.read_csv(finished / "metrics.csv")
+    old = metrics[~metrics["method"].isin(["magnitude", "admm", "gauss_newton"])]
+    assert "Equal stored weights" in synthetic.report(old, tmp_path, tmp_path)
+    table = pd.read_csv(tmp_path / "equal_storage.csv")
+    assert "descent" in table
+    assert "gauss_newton" not in table
 
 
 def test_an_interrupted_run_resumes_to_identical_metrics(

@@ -13,7 +13,7 @@ from jaxprune.baselines import magnitude, sparsegpt, wanda
 from jaxprune.importance import fused_ranking, shrunk_norms
 from jaxprune.methods.fused import algorithm1_grid, shuffle_tokens, split_calibration
 
-PRESETS = ["paper", "descent"]
+PRESETS = ["paper", "gauss_newton", "descent"]
 STEPS = 12
 
 
@@ -25,10 +25,12 @@ def draw(key, b=3, n=10, d=8, dtype=jnp.float32):
 
 @pytest.fixture(params=PRESETS)
 def prune(request):
-    """A preset with few steps, and one λ and step size for Algorithm 1 unless given."""
+    """A preset with few steps, one λ and step size for Algorithm 1, a damping unless given."""
     options = {"steps": STEPS, "preset": request.param}
     if request.param == "paper":
         options |= {"lam": 0.01, "learning_rate": 0.3}
+    if request.param == "gauss_newton":
+        options = {"preset": request.param, "lam": 0.1}
     return partial(prune_attention, **options)
 
 
@@ -52,7 +54,8 @@ def test_errors_of_the_result_are_those_of_its_weight(key, prune):
         pruned.calibration_error, relative_error(x, w, pruned.weight), rtol=1e-4
     )
     assert 0 < pruned.initial_error < 2
-    assert pruned.trace.loss.shape == pruned.trace.squared_gradient_norm.shape == (STEPS,)
+    steps = prune.keywords.get("steps", 0)
+    assert pruned.trace.loss.shape == pruned.trace.squared_gradient_norm.shape == (steps,)
     assert pruned.rejected_steps == 0
 
 
@@ -72,7 +75,11 @@ def test_without_causal_mask_every_key_counts(key, prune):
     pruned = prune(x, w, 0.5, causal=False)
     expected = relative_error(x, w, pruned.weight, causal=False)
     np.testing.assert_allclose(pruned.calibration_error, expected, rtol=1e-4)
-    assert not jnp.allclose(pruned.trace.loss, prune(x, w, 0.5).trace.loss)
+    other = prune(x, w, 0.5)
+    if pruned.trace.loss.size:
+        assert not jnp.allclose(pruned.trace.loss, other.trace.loss)
+    else:
+        assert not jnp.allclose(pruned.weight, other.weight)
 
 
 @pytest.mark.parametrize(("b", "n", "d"), [(None, 1, 1), (2, 1, 3), (1, 3, 1)])
@@ -197,7 +204,7 @@ def test_a_step_size_that_diverges_is_rejected_and_counted(key):
 
 def test_descent_without_steps_is_its_initial_ranking(key):
     x, w = draw(key)
-    pruned = prune_attention(x, w, 0.5, preset="descent", steps=0)
+    pruned = prune_attention(x, w, 0.5, preset="descent", start="dense", steps=0)
     fit = x[:2]  # the third of three sequences validates
     scores = np.abs(w) * np.outer(shrunk_norms(fit), shrunk_norms(fit))
     expected = reference.keep(scores.ravel(), 32).reshape(8, 8)
@@ -205,6 +212,56 @@ def test_descent_without_steps_is_its_initial_ranking(key):
     assert (pruned.weight == jnp.where(expected, w, 0)).all()
     assert (pruned.best_step, pruned.trace.loss.shape) == (0, (0,))
     assert pruned.calibration_error == pruned.initial_error
+
+
+def test_the_closed_form_changes_weights_and_lists_what_was_compared(key):
+    x, _, wq, wk = correlated(key, 2.0)
+    w = wq @ wk.T
+    pruned = prune_attention(x, w, 0.5, preset="gauss_newton")
+    validation = pruned.trace.validation_error
+    assert validation.shape == (5,)
+    assert pruned.best_step == 1
+    assert pruned.lam in (0.01, 0.1, 1.0, 3.0)
+    assert jnp.isnan(pruned.learning_rate)
+    assert validation[1:].min() < validation[0]
+    assert not jnp.allclose(pruned.weight, jnp.where(pruned.keep_mask, w, 0), rtol=0.01)
+    # On all of the data, at the damping chosen on a part of them.
+    given = prune_attention(x, w, 0.5, preset="gauss_newton", lam=pruned.lam)
+    np.testing.assert_allclose(given.weight, pruned.weight, rtol=1e-4, atol=1e-6)
+    assert given.trace.validation_error.size == 0
+    ranking = relative_error(
+        x, w, prune_attention(x, w, 0.5, start="dense", steps=0, preset="descent").weight
+    )
+    np.testing.assert_allclose(pruned.initial_error, ranking, rtol=0.1)
+
+
+def test_on_few_isotropic_tokens_the_closed_form_notices_and_stays_with_the_ranking():
+    """Never above fused magnitude by more than a standard error of the draws."""
+    draws = [correlated(jax.random.key(s), 0.0, sequences=1, std=8.0) for s in range(20, 24)]
+    x, fresh, wq, wk = (jnp.stack(a) for a in zip(*draws, strict=True))
+    w = jnp.einsum("sdk,sek->sde", wq, wk)
+    closed = jax.vmap(partial(prune_attention, sparsity=0.5, preset="gauss_newton"))(x, w)
+    plain = jax.vmap(lambda w: magnitude(w, 0.5).weight)(w)
+    excess = jax.vmap(relative_error)(fresh, w, closed.weight)
+    excess = excess - jax.vmap(relative_error)(fresh, w, plain)
+    assert excess.mean() <= excess.std(ddof=1) / 2
+    assert (closed.lam == jnp.inf).all()
+    assert (closed.best_step == 0).all()
+    assert (closed.weight == jnp.where(closed.keep_mask, w, 0)).all()
+
+
+def test_a_descent_starts_from_the_validated_closed_form(key):
+    x, _, wq, wk = correlated(key, 2.0)
+    w = wq @ wk.T
+    prune = partial(prune_attention, x, w, 0.5)
+    fit = jnp.concatenate([x[:7], x[8:15]])
+    start = prune(preset="descent", steps=0)
+    ranked = prune(preset="descent", start="dense", steps=0)
+    dampings = (0.01, 0.1, 1.0, 3.0)
+    closed = [prune_attention(fit, w, 0.5, preset="gauss_newton", lam=d).weight for d in dampings]
+    assert any(jnp.allclose(start.weight, c, rtol=1e-3, atol=1e-3) for c in closed)
+    assert start.best_step == 0
+    assert start.calibration_error < ranked.calibration_error
 
 
 def correlated(key, exponent, d=16, n=32, sequences=16, heldout=16, std=2.0):
@@ -225,11 +282,12 @@ def correlated(key, exponent, d=16, n=32, sequences=16, heldout=16, std=2.0):
 def heldout_errors(x, fresh, wq, wk, **options):
     w = wq @ wk.T
     judge = partial(relative_error, fresh, w)
-    fused = partial(prune_attention, x, w, 0.5, preset="descent")
+    fused = partial(prune_attention, x, w, 0.5, preset="descent", start="dense")
     on_both = [[prune(x, p, 0.5).weight for p in (wq, wk)] for prune in (wanda, sparsegpt)]
     return {
         "ranking": judge(fused(steps=0).weight),
         "descent": judge(fused(**options).weight),
+        "gauss_newton": judge(prune_attention(x, w, 0.5, preset="gauss_newton").weight),
         "fused magnitude": judge(magnitude(w, 0.5).weight),
         "wanda": judge(on_both[0][0] @ on_both[0][1].T),
         "sparsegpt": judge(on_both[1][0] @ on_both[1][1].T),
@@ -238,8 +296,9 @@ def heldout_errors(x, fresh, wq, wk, **options):
 
 def test_on_correlated_activations_descent_beats_every_other_method_on_fresh_ones(key):
     errors = heldout_errors(*correlated(key, 2.0), steps=150)
-    descent = errors.pop("descent")
+    descent, closed = errors.pop("descent"), errors.pop("gauss_newton")
     assert descent < 0.4 * min(errors.values()), errors
+    assert closed < 0.4 * min(errors.values()), errors
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -369,7 +428,10 @@ def test_a_second_call_compiles_nothing(key, prune, compiled):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"preset": "best"}, "preset 'best': expected one of paper, descent"),
+        ({"preset": "best"}, "preset 'best': expected one of paper, gauss_newton, descent"),
+        ({"start": "sparse"}, "start 'sparse': expected one of gauss_newton, dense"),
+        ({"preset": "gauss_newton", "steps": 3}, "steps 3: the preset gauss_newton takes no"),
+        ({"preset": "gauss_newton", "learning_rate": 0.1}, "learning_rate 0.1: the preset"),
         ({"sparsity": 1.5}, "sparsity 1.5"),
         ({"sparsity": "2:0"}, "sparsity 2:0"),
         ({"sparsity": "2:5"}, "groups of 5 do not divide"),
