@@ -18,10 +18,20 @@ all ``G_t`` by multiples ``ω_t G`` of one matrix, ``tr G = 1``, and the sum is 
 where ``ω_t = ‖g_t‖²`` (``weighted``) or 1. The product is exact where ``G_t = ω_t G``; with
 ``ω_t = 1``, where ``x_t x_tᵀ`` and ``G_t`` are uncorrelated over tokens.
 
-Few tokens overfit ``A`` and ``B``. ``factorise`` shrinks both to their diagonals.
+**Leverage.** Elsewhere the sum over tokens makes ``B`` right for errors in whatever direction most
+inputs share, a mean or an attention sink. Pruning leaves errors where inputs are small, and there
+
+``B = Σ_t ℓ_t g_t g_tᵀ``,  ``ℓ_t = x_tᵀ A⁻¹ x_t / d``,
+
+is the better one: a step of the alternation that finds the likeliest Kronecker factors, which for
+``G_t = ω_t G`` has the same result. ``A`` comes from a pilot, a first pass over a few sequences.
+Held-out errors of attention in layers of SmolLM2-135M fell by 4 to 44 % against ``ℓ_t = 1``, most
+where keys have large common parts; a pilot of all sequences was no better than one of few.
+
+With few tokens both factors overfit; ``factorise`` shrinks them to their diagonals.
 
 Sources: Martens & Grosse 2015 (K-FAC) for the factors; Martens, Sutskever & Swersky 2012 for
-curvature by random cotangents. The weights ``ω_t`` are ours.
+curvature by random cotangents; Dutilleul 1999 for the alternation. The weights ``ω_t`` are ours.
 """
 
 from __future__ import annotations
@@ -39,7 +49,12 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxprune.attention import accumulation_dtype, check_finite, contract
 from jaxprune.errors import InputError
+from jaxprune.gauss_newton.admm import unit_diagonal
 from jaxprune.sharding import AXES, over_mesh
+
+# Leverages are sums of so many squares, and of an A damped by this.
+_SKETCH = 64
+_LEVERAGE_DAMPING = 0.1
 
 Residual = Callable[[dict[str, Array], PyTree, PyTree], PyTree]
 """From the outputs ``[n, d_out]`` of every map on one sequence, other arrays of that sequence, and
@@ -90,6 +105,7 @@ def gauss_newton_moments(
     forms: dict[str, Form] | None = None,
     key: Key[Array, ""] | None = None,
     draws: int | None = 1,
+    pilot: int = 8,
     row_weights: Float[Array, "b n"] | None = None,
 ) -> dict[str, Moments]:
     """Kronecker factors of the Gauss-Newton matrix of ``residual`` in every weight.
@@ -110,6 +126,8 @@ def gauss_newton_moments(
         ``fold_in(key, s)``, however sequences are split.
       draws: cotangents for each sequence; ``None`` takes every unit cotangent instead, the exact
         moments of small problems.
+      pilot: sequences of the first pass, the first ones, whose ``A`` gives tokens their leverage;
+        zero skips it and takes ``ℓ_t = 1``.
       row_weights: weight of a token's ``x_t`` and ``g_t`` in both factors; zero leaves it out.
 
     Returns:
@@ -119,18 +137,15 @@ def gauss_newton_moments(
       InputError: names, shapes, blocks or draws do not fit, or values are not finite.
     """
     forms = {name: (forms or {}).get(name, Form()) for name in weights}
-    _check(weights, inputs, data, forms, draws, row_weights)
-    return _moments(
-        weights,
-        inputs,
-        data,
-        shared,
-        row_weights,
-        jax.random.key(0) if key is None else key,
-        residual=residual,
-        forms=tuple(forms.items()),
-        draws=draws,
-    )
+    _check(weights, inputs, data, forms, draws, pilot, row_weights)
+    key = jax.random.key(0) if key is None else key
+    moments = partial(_moments, residual=residual, forms=tuple(forms.items()), draws=draws)
+    leverage = None
+    if pilot:
+        few = jax.tree.map(lambda a: a[:pilot], (inputs, data, row_weights))
+        first = moments(weights, None, *few[:2], shared, few[2], key)
+        leverage = {name: _leverage_map(m.inputs, key) for name, m in first.items()}
+    return moments(weights, leverage, inputs, data, shared, row_weights, key)
 
 
 def _check(
@@ -139,6 +154,7 @@ def _check(
     data: PyTree,
     forms: dict[str, Form],
     draws: int | None,
+    pilot: int,
     row_weights: Array | None,
 ) -> None:
     if set(inputs) != set(weights):
@@ -162,12 +178,37 @@ def _check(
         raise InputError(f"row_weights {row_weights.shape}: expected {lead}, one for every token")
     if draws is not None and draws < 1:
         raise InputError(f"draws {draws}: expected 1 or more, or None for every unit cotangent")
+    if pilot < 0:
+        raise InputError(f"pilot {pilot}: expected a number of sequences, 0 or more")
     check_finite(**weights, **{f"inputs[{name!r}]": x for name, x in inputs.items()})
+
+
+@jax.jit
+def _leverage_map(a: Float[Array, "d d"], key: Key[Array, ""]) -> Float[Array, "d s"]:
+    """``M`` with ``‖xᵀ M‖²`` about ``xᵀ A⁻¹ x / d``, ``A`` damped, by a sketch of random signs.
+
+    With ``A = L Lᵀ``, ``M ∝ L⁻ᵀ S``, ``E[S Sᵀ] = I``; for small ``d``, ``S = I``. Scaled so that
+    ``tr(Mᵀ A M) = 1``: leverages leave ``B`` alone where all ``G_t`` are multiples of one matrix.
+    """
+    damping = jnp.asarray(_LEVERAGE_DAMPING, accumulation_dtype(a))
+    unit, _, inverse = unit_diagonal(a, damping)
+    d = a.shape[0]
+    sketch = random_signs(key, (d, _SKETCH), unit.dtype) if d > _SKETCH else jnp.eye(d)
+    whitened = inverse[:, None] * lax.linalg.triangular_solve(
+        jnp.linalg.cholesky(unit),
+        sketch.astype(unit.dtype),
+        left_side=True,
+        lower=True,
+        transpose_a=True,
+    )
+    total = jnp.sum(whitened * contract("de,es->ds", a, whitened))
+    return whitened / jnp.sqrt(jnp.where(total > 0, total, 1))
 
 
 @partial(jax.jit, static_argnames=("residual", "forms", "draws"))
 def _moments(
     weights: dict[str, Array],
+    leverage: dict[str, Array] | None,
     inputs: dict[str, Array],
     data: PyTree,
     shared: PyTree,
@@ -179,7 +220,7 @@ def _moments(
     draws: int | None,
 ) -> dict[str, Moments]:
     sequences = next(iter(inputs.values())).shape[0]
-    one = partial(_one_sequence, residual, dict(forms), draws, weights, shared, key)
+    one = partial(_one_sequence, residual, dict(forms), draws, weights, leverage, shared, key)
     # One part for every device; what each adds up has a leading axis to be split along.
     parts = math.gcd(sequences, jax.device_count())
     each = (jnp.arange(sequences), inputs, data, row_weights)
@@ -211,6 +252,7 @@ def _one_sequence(
     forms: dict[str, Form],
     draws: int | None,
     weights: dict[str, Array],
+    leverage: dict[str, Array] | None,
     shared: PyTree,
     key: Array,
     each: PyTree,
@@ -228,7 +270,13 @@ def _one_sequence(
     def sums(cotangents: list[Array]) -> dict[str, _Sums]:
         (gradients,) = pull(jax.tree.unflatten(structure, cotangents))
         return {
-            name: _token_sums(inputs[name], gradients[name], row_weights, form)
+            name: _token_sums(
+                inputs[name],
+                gradients[name],
+                row_weights,
+                None if leverage is None else leverage[name],
+                form,
+            )
             for name, form in forms.items()
         }
 
@@ -264,6 +312,7 @@ def _token_sums(
     x: Float[Array, "n d"],
     g: Float[Array, "n d_out"],
     row_weights: Float[Array, " n"] | None,
+    leverage: Float[Array, "d s"] | None,
     form: Form,
 ) -> _Sums:
     """Sums of one cotangent over the tokens of a sequence."""
@@ -274,6 +323,8 @@ def _token_sums(
     inputs = contract("nd,ne->de", omega[:, None] * x, x)
     blocks = g.reshape(x.shape[0], form.blocks, -1)
     squares = "npk,npk->pk" if form.diagonal else "npk,npl->pkl"
+    if leverage is not None:
+        rows = rows * jnp.sum(contract("nd,ds->ns", x, leverage.astype(wide)) ** 2, axis=1)
     outputs = contract(squares, rows[:, None, None] * blocks, blocks)
     return _Sums(inputs, outputs, omega.sum())
 

@@ -51,9 +51,10 @@ def query_key_moments(
     scale: float | None = None,
     causal: bool = True,
     outputs: Float[Array, "d h v"] | None = None,
-    balance: float = 0.5,
+    balance: float = 1.0,
     row_weights: Float[Array, "b n"] | None = None,
     sequences: int | None = None,
+    pilot: int = 8,
     key: Key[Array, ""] | None = None,
 ) -> QueryKeyMoments:
     """Kronecker factors of the Gauss-Newton matrix of a layer's attention matrices.
@@ -73,14 +74,15 @@ def query_key_moments(
       scale: of the logits; ``1/√k`` if ``None``.
       causal: Def. 3.1 if true, else Def. 1.1.
       outputs: maps from inputs to values, where what attention does to them counts too.
-      balance: 0 adds up squared errors of heads, as Def. 3.2 of one head does; 1 relative ones;
-        0.5 left nearly as small a mean relative error as 1, and no head far behind.
+      balance: 0 adds up squared errors of heads; 1 relative ones, so that heads of even attention,
+        whose energy is small, are not given up for those of sharp attention.
       row_weights: weight of every token in the factors; zero leaves it out.
       sequences: take only the first so many; all if ``None``.
+      pilot: see ``gauss_newton_moments``.
       key: randomness of the cotangents; ``jax.random.key(0)`` if ``None``.
 
     Raises:
-      InputError: shapes do not match, or values are not finite.
+      InputError: shapes or settings do not fit, or values are not finite.
     """
     if (
         (x.ndim, wq.ndim, wk.ndim) != (3, 3, 3)
@@ -116,6 +118,7 @@ def query_key_moments(
         None if outputs is None else {"x": x},
         {"form": form, "outputs": outputs},
         forms={"qk": Form(blocks=heads + wk.shape[1])},
+        pilot=pilot,
         row_weights=row_weights,
         key=key,
     )["qk"]
@@ -162,6 +165,7 @@ def fused_moments(
     *,
     causal: bool = True,
     row_weights: Float[Array, "b n"] | None = None,
+    pilot: int = 8,
     key: Key[Array, ""] | None = None,
 ) -> Moments:
     """Kronecker factors for the fused weight of one head: ``B = Σ_i xᵀ J_i² x``, full.
@@ -171,6 +175,7 @@ def fused_moments(
       w: fused weight, any scale included.
       causal: Def. 3.2 if true, else Def. 1.2.
       row_weights: weight of every token's row; zero leaves a row out.
+      pilot: see ``gauss_newton_moments``; without one, ``B`` is exactly an estimate of this sum.
       key: randomness of the cotangents; ``jax.random.key(0)`` if ``None``.
 
     Raises:
@@ -178,6 +183,6 @@ def fused_moments(
     """
     residual = FusedAttention(causal)
     found = gauss_newton_moments(
-        residual, {"w": w}, {"w": x}, {"x": x}, row_weights=row_weights, key=key
+        residual, {"w": w}, {"w": x}, {"x": x}, pilot=pilot, row_weights=row_weights, key=key
     )
     return found["w"]

@@ -23,6 +23,7 @@ from jaxprune.gauss_newton import (
     query_key_moments,
     residuals,
 )
+from jaxprune.gauss_newton import moments as module
 from jaxprune.gauss_newton.moments import random_signs
 
 B, N, D, HEADS, GROUPS, K = 3, 6, 5, 4, 2, 4
@@ -56,7 +57,15 @@ def attention(layer):
         shared = {"form": AttentionForm(ROPE), "outputs": outputs}
         inputs = {"q": x, "k": x}
         return gauss_newton_moments(
-            residual, weights, inputs, {"x": x}, shared, forms=forms, draws=draws, **options
+            residual,
+            weights,
+            inputs,
+            {"x": x},
+            shared,
+            forms=forms,
+            draws=draws,
+            pilot=0,
+            **options,
         )
 
     def of_outputs(y, x, outputs=None):
@@ -99,15 +108,14 @@ def test_every_unit_cotangent_gives_the_formula_of_the_fused_weight(key, x64, ca
             b += curvature / B
             a += np.trace(curvature) * np.outer(row, row)
             energy += np.trace(curvature)
-    exact = gauss_newton_moments(FusedAttention(causal), {"w": w}, {"w": x}, {"x": x}, draws=None)[
-        "w"
-    ]
+    call = partial(
+        gauss_newton_moments, FusedAttention(causal), {"w": w}, {"w": x}, {"x": x}, pilot=0
+    )
+    exact = call(draws=None)["w"]
     close(exact, (a / energy, b))
-    many = gauss_newton_moments(FusedAttention(causal), {"w": w}, {"w": x}, {"x": x}, draws=2000)[
-        "w"
-    ]
+    many = call(draws=2000)["w"]
     close(many, exact, rtol=0.03)
-    one = fused_moments(x, w, causal=causal)
+    one = fused_moments(x, w, causal=causal, pilot=0)
     assert np.linalg.norm(one.outputs - b) < np.linalg.norm(b)
 
 
@@ -171,6 +179,48 @@ def test_output_blocks_are_gauss_newton_products(attention, layer):
         np.testing.assert_allclose(found[name].outputs, expected, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("common", [True, False])
+def test_leverage_of_a_pilot(key, x64, common):
+    """Tokens count in ``B`` by ``xᵀ A⁻¹ x``; with multiples of one ``G_t``, ``B`` stays."""
+    x = jax.random.normal(key, (B, N, D), jnp.float64) + 2
+    w = jax.random.normal(jax.random.fold_in(key, 1), (D, 4), jnp.float64)
+    gains = jnp.arange(1.0, 1 + B * N * 4).reshape(B, N, 4)
+    if common:
+        gains = gains[:, :, :1] * jnp.arange(1.0, 5)
+
+    def residual(outputs, gains, shared):
+        return outputs["w"] * gains
+
+    call = partial(gauss_newton_moments, residual, {"w": w}, {"w": x}, gains, draws=None)
+    plain, found = call(pilot=0)["w"], call(pilot=B)["w"]
+    close(found.inputs, plain.inputs)
+    if common:
+        close(found.outputs, plain.outputs)
+        return
+    a = np.asarray(plain.inputs)
+    damped = (a + 0.1 * np.diag(np.diag(a))) / 1.1
+    leverage = np.einsum("bnd,de,bne->bn", x, np.linalg.inv(damped), x)
+    leverage /= np.trace(np.linalg.solve(damped, a))
+    expected = np.einsum("bn,bnk->k", leverage, gains**2) / B
+    close(found.outputs, np.diag(expected))
+    few = call(pilot=1)["w"].outputs
+    assert not np.allclose(few, found.outputs)
+
+
+def test_a_sketch_of_leverages_is_close(key):
+    x = jax.random.normal(key, (400, 160)) @ jax.random.normal(jax.random.key(1), (160, 160))
+    x = x.at[:, 3].set(0) * jnp.exp(jax.random.normal(jax.random.key(2), (400, 1)))
+    a = x.T @ x
+    sketch = module._leverage_map(a, key)
+    assert sketch.shape == (160, 64)
+    live = np.delete(np.arange(160), 3)
+    a, rows = np.asarray(a, np.float64)[np.ix_(live, live)], np.asarray(x)[:, live]
+    exact = np.einsum("nd,nd->n", rows, np.linalg.solve(a + 0.1 * np.diag(np.diag(a)), rows.T).T)
+    found = np.sum((np.asarray(x) @ sketch) ** 2, axis=1)
+    np.testing.assert_allclose(found.sum(), 1, rtol=1e-3)
+    assert np.corrcoef(found, exact)[0, 1] > 0.8
+
+
 def test_balanced_heads_have_relative_residuals(layer):
     x, wq, wk = layer
     y = {"q": x[0] @ wq.reshape(D, -1), "k": x[0] @ wk.reshape(D, -1)}
@@ -190,7 +240,9 @@ def test_projections_of_a_layer_share_a_pass(layer, attention):
     x, wq, wk = layer
     moments, _, _ = attention
     each = moments(1)
-    together = query_key_moments(x, wq, wk, form=AttentionForm(ROPE), scale=0.5, balance=0.0)
+    together = query_key_moments(
+        x, wq, wk, form=AttentionForm(ROPE), scale=0.5, balance=0.0, pilot=0
+    )
     close((together.q, together.k), (each["q"].outputs, each["k"].outputs))
     parts = [np.einsum("pkk->", each[name].outputs) for name in "qk"]
     mixed = (parts[0] * each["q"].inputs + parts[1] * each["k"].inputs) / sum(parts)
@@ -207,7 +259,7 @@ def test_any_residual_is_accepted(key, x64):
         return y / jnp.linalg.norm(y, axis=-1, keepdims=True) * sequence[:, None]
 
     gains = jnp.arange(1.0, 1 + B * N).reshape(B, N)
-    options = {"data": gains, "shared": jnp.ones(6), "draws": None}
+    options = {"data": gains, "shared": jnp.ones(6), "draws": None, "pilot": 0}
     call = partial(gauss_newton_moments, residual, {"w": w}, {"w": x})
     full = call(**options, forms={"w": Form(weighted=False)})["w"]
     expected = np.zeros((6, 6))
@@ -316,6 +368,7 @@ WRONG = [
     ({"outputs": jnp.ones((8, 3, 2))}, r"outputs \(8, 3, 2\)"),
     ({"sequences": 0}, "sequences 0"),
     ({"balance": 2.0}, "balance 2"),
+    ({"pilot": -1}, "pilot -1"),
     ({"x": jnp.full((2, 9, 8), jnp.nan)}, "x holds 144 non-finite"),
     ({"row_weights": jnp.ones((2, 8))}, r"row_weights \(2, 8\)"),
 ]
