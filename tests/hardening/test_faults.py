@@ -25,6 +25,8 @@ from jaxprune.runs import script as cli
 from jaxprune.runs.configuration import names
 from jaxprune.runs.flags import Flag
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 RESUMES = "the same command with --resume continues"
 

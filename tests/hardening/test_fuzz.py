@@ -33,6 +33,8 @@ JUNK = st.one_of(
     st.lists(st.integers(-2, 9), max_size=3),
     st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "content"]), st.integers()),
 )
+
+pytestmark = pytest.mark.slow
 TEXT = b"the cat sat on the mat. " * 40
 
 
