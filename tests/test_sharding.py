@@ -46,7 +46,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jaxprune.attention import AttentionForm
 from jaxprune.methods import query_key as factored
 from jaxprune.pipeline.work import advance, movable, start
-from jaxprune.sharding import split_windows, use_mesh, gather
+from jaxprune.sharding import gather, split_windows, use_mesh
 from jaxprune.sparsity import Sparsity
 
 d, heads, groups, k, n, b = 32, 16, 8, 4, 12, 16
@@ -165,7 +165,7 @@ def test_without_a_mesh_nothing_changes():
 
 @pytest.mark.parametrize("shape", ["2x4", "1", "0x1", "x", "-1x-1"])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
-    with pytest.raises(ValueError, match=re.escape(f"--mesh {shape}")):
+    with pytest.raises(ValueError, match=re.escape(f"mesh {shape}")):
         sharding.use_mesh(shape, 8)
 
 
@@ -174,7 +174,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
     [(None, 2, 0), (None, None, 1), ("a:1", None, None), ("a:1", 2, None), ("a:1", 2, 2)],
 )
 def test_incomplete_descriptions_of_processes_are_refused(coordinator, processes, process):
-    with pytest.raises(ValueError, match="--process"):
+    with pytest.raises(ValueError, match="process"):
         sharding.connect(coordinator, processes, process)
 
 
@@ -184,3 +184,93 @@ def test_an_error_of_the_writer_is_the_error():
 
     with pytest.raises(ValueError, match="no room"):
         sharding.on_process_zero(fail)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("nonsense", 2, 0), "coordinator 'nonsense': expected HOST:PORT with a port"),
+        (("host:0", 2, 0), "coordinator 'host:0': expected HOST:PORT"),
+        (("host:99999", 2, 0), "from 1 to 65535"),
+        (("host:１２", 2, 0), "from 1 to 65535"),
+        (("a b:12", 2, 0), "expected HOST:PORT"),
+        (("auto", 2, 0), "are the cluster's with coordinator=auto"),
+        (("host:12", 0, 0), "needs processes=N"),
+        (("host:12", 2, -1), "needs processes=N"),
+        (("host:12", 2, 0, 0), "coordinator_timeout 0: expected 1 or more"),
+    ],
+)
+def test_coordinators_that_cannot_be_are_refused(arguments, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        sharding.check_processes(*arguments)
+
+
+def test_coordinators_that_can_be_are_not():
+    for arguments in (("localhost:1", 2, 1), ("[::1]:65535", 1, 0), ("auto", None, None)):
+        sharding.check_processes(*arguments)
+
+
+MEET = """
+import sys
+from jaxprune.errors import InputError
+from jaxprune.sharding import meet
+try:
+    meet(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+except InputError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.fixture
+def address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def ends(address, *each):
+    """What processes end with that were started as ``(processes, process, timeout)``."""
+    started = [run(("-c", MEET), address, *map(str, arguments)) for arguments in each]
+    return [
+        (process.returncode, err)
+        for process in started
+        for _, err in [process.communicate(timeout=120)]
+    ]
+
+
+@pytest.mark.slow
+def test_processes_meet_and_say_who_they_wait_for(address):
+    first, *others = ends(address, (3, 0, 60), (3, 1, 60), (3, 2, 60))
+    assert (first[0], [status for status, _ in others]) == (0, [0, 0])
+    assert f"waiting up to 60 s for process 1, 2 at {address}" in first[1]
+    assert f"waiting up to 60 s for process 0 at {address}" in others[0][1]
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_come_is_named(address):
+    first, second = ends(address, (3, 0, 8), (3, 1, 60))
+    assert first[0] == second[0] == 1
+    assert "process 2 of 3 did not come within 8 s; start it, or raise" in first[1]
+    assert "not all processes came in time; see process 0" in second[1]
+
+
+@pytest.mark.slow
+def test_without_process_0_the_others_give_up(address):
+    ((status, shown),) = ends(address, (2, 1, 2))
+    assert (status, shown.count("\n")) == (1, 2)
+    assert "process 0 did not come within 2 s; start it, check the address" in shown
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_are_told(address):
+    first, second = ends(address, (2, 0, 60), (3, 1, 60))
+    for status, shown in (first, second):
+        assert status == 1
+        assert "process 1 has processes=3, process 0 has 2" in shown
+
+
+@pytest.mark.slow
+def test_no_cluster_is_one_line():
+    process = run(("-c", "from jaxprune.sharding import connect; connect('auto', None, None)"))
+    _, err = process.communicate(timeout=120)
+    assert "JAX finds no cluster here; give HOST:PORT, `processes`" in err.splitlines()[-1]

@@ -164,7 +164,8 @@ def body(config: Config) -> None:
     finally:
         for bar in bars:
             bar.close()
-    print(f"{report.out}: finished already" if report.seconds is None else report)
+    if is_writer():
+        print(f"{report.out}: finished already" if report.seconds is None else report)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "jaxprune prune") -> int:

@@ -11,6 +11,7 @@ same bits. Kept weights of all blocks may then be distilled together from the de
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -48,7 +49,7 @@ from jaxprune.pipeline.streams import Streams, linear_inputs, mean_statistic
 from jaxprune.pipeline.work import Problem, Report, Solution, Work, solve
 from jaxprune.runs.folder import RunFolder
 from jaxprune.sharding import gather
-from jaxprune.sparsity import Sparsity
+from jaxprune.sparsity import Sparsity, keep_mask
 
 # Distillation goes through the whole model, dense and pruned, in every step: it is left out above
 # so many parameters unless asked for.
@@ -275,12 +276,22 @@ def _find_masks(
         data = mean_statistic(dense, streams, names, baseline.moment, settings.batch)
         prune = baseline.prune_from
     results = {name: prune(data[name], getattr(dense, name), sparsity[name]) for name in names}
+    if settings.allocate != "matrix":
+        results = {name: _to_the_entry(r, sparsity[name]) for name, r in results.items()}
     raised = {n: int(r.damping_raised) for n, r in results.items() if r.damping_raised}
     return Solution(
         {name: result.weight for name, result in results.items()},
         {name: result.keep_mask for name, result in results.items()},
         {"damping_raised": raised} if raised else {},
     )
+
+
+def _to_the_entry(result: PrunedLinear, sparsity: Sparsity) -> PrunedLinear:
+    """Drop what rounding down in groups left of a matrix's part of a budget, smallest first."""
+    size = jnp.where(result.keep_mask, jnp.abs(result.weight), -1.0)
+    kept = keep_mask(size, sparsity)
+    weight = jnp.where(kept, result.weight, 0)
+    return dataclasses.replace(result, weight=weight, keep_mask=kept)
 
 
 def _with_dense_values(dense: BlockWeights, solution: Solution) -> Solution:

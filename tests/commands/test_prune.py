@@ -39,7 +39,7 @@ def text(tmp_path):
 
 def flags(model, text, out, *more, distill=0):
     fixed = ["--windows", "8", "--seqlen", "32", "--heldout", "2", "--distill", distill]
-    if "--method" not in more or "descent" in more:
+    if "--method" not in more or "descent" in more or "--refit" in more:
         fixed += ["--steps", "60"]
     named = ["--model", model, "--calibration", text, "--out", out]
     return [str(a) for a in (*named, *fixed, *more)]
@@ -94,6 +94,46 @@ def check_pruned(prune, model, text, tmp_path, method, sparsity, targets):
     for name in ("tokenizer.json", "summary.png", "summary.svg", "metrics.csv"):
         assert (out / name).stat().st_size > 0
     assert [p.name for p in tmp_path.glob(".out*")] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "allocate", "targets"),
+    [("gauss-newton", "model", "all"), ("wanda", "block", "all"), ("gauss-newton", "model", "qk")],
+)
+def test_a_shared_budget_is_kept_to_the_entry(
+    prune, checkpoint, text, tmp_path, method, allocate, targets
+):
+    model, out = checkpoint(MODEL), tmp_path / "out"
+    more = ("--method", method, "--allocate", allocate, "--targets", targets, "--highest", "0.9")
+    assert prune(flags(model, text, out, *more)) == 0
+    masks = np.load(out / "keep_masks.npz")
+    groups = {name.split(".")[0] if allocate == "block" else "" for name in masks.files}
+    for group in groups:
+        kept = [masks[name] for name in masks.files if not group or name.startswith(f"{group}.")]
+        drops = sum(int(mask.size * 0.5 + 1e-9) for mask in kept)
+        assert sum(int((~mask).sum()) for mask in kept) == drops
+    ratios = [float((~masks[name]).mean()) for name in masks.files]
+    assert max(ratios) > min(ratios)
+    assert max(ratios) <= 0.9
+
+
+def test_a_baseline_may_be_retrained_like_descent(prune, checkpoint, text, tmp_path):
+    model = checkpoint(MODEL)
+    for name, more in (("plain", ()), ("retrained", ("--refit",))):
+        arguments = flags(model, text, tmp_path / name, "--method", "wanda", *more)
+        assert prune(arguments) == 0
+    masks = [np.load(tmp_path / name / "keep_masks.npz") for name in ("plain", "retrained")]
+    # Later blocks see what earlier ones became: masks of the first are the same.
+    for name in ("0.wq", "0.wk"):
+        np.testing.assert_array_equal(masks[0][name], masks[1][name])
+    errors = [
+        np.mean([row["calibration_error"] for row in report["attention_error"][:4]])
+        for report in (
+            json.loads((tmp_path / name / "pruning.json").read_text())
+            for name in ("plain", "retrained")
+        )
+    ]
+    assert errors[1] < errors[0]
 
 
 def test_a_mask_alone_leaves_kept_weights_as_they_were(prune, checkpoint, text, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from jaxprune import attention_matrix
 from jaxprune.attention import AttentionForm
-from jaxprune.baselines import magnitude, wanda
+from jaxprune.baselines import BASELINES, magnitude, wanda
 from jaxprune.errors import InputError
 from jaxprune.methods.query_key import (
     QueryKeySettings,
@@ -214,3 +214,52 @@ def test_wrong_input_is_named(unchecked, key, changes, named):
     arguments = {"x": x, "wq": wq, "wk": wk, "sparsity": "0.5", "rope": ROPE} | changes
     with pytest.raises(ValueError, match=named):
         prune_query_key(**arguments)
+
+
+@pytest.fixture(scope="module")
+def closed():
+    """A layer, its closed form, and what of it is judged on fresh sequences."""
+    key = jax.random.key(5)
+    x, wq, wk = layer(key, 16)
+    found = prune_query_key(x, wq, wk, "0.5", rope=ROPE, preset="gauss_newton")
+    return x, wq, wk, found
+
+
+def test_the_closed_form_is_ahead_of_the_baselines_on_fresh_sequences(closed):
+    _, wq, wk, found = closed
+    fresh = layer(jax.random.key(5), 24)[0][16:]
+    x, dense = closed[0], flat(wq, wk)
+
+    def error(weights):
+        error, energy = head_errors(fresh, weights, fresh, dense, AttentionForm(ROPE), SETTINGS)
+        return float(error.sum() / energy.sum())
+
+    ours = error(flat(found.wq, found.wk))
+    for name in ("wanda", "sparsegpt", "admm"):
+        weights = tuple(BASELINES[name].prune(x, w, "0.5").weight for w in dense)
+        assert ours < error(weights), name
+    assert int(found.keep_q.sum()) == wq.size // 2
+    assert int(found.keep_k.sum()) == wk.size // 2
+    assert not found.wq[~found.keep_q].any()
+    assert found.trace.loss.size == 0
+
+
+def test_descent_goes_on_from_the_closed_form_under_its_masks(closed):
+    x, wq, wk, form = closed
+    found = prune_query_key(x, wq, wk, "0.5", rope=ROPE, steps=20)
+    assert (found.keep_q == form.keep_q).all()
+    assert (found.keep_k == form.keep_k).all()
+    # Validation may keep the start; what it keeps is no worse.
+    assert found.calibration_error.mean() <= form.calibration_error.mean() * 1.02
+    untouched = prune_query_key(x, wq, wk, "0.5", rope=ROPE, refit=False)
+    np.testing.assert_array_equal(untouched.wq, jnp.where(form.keep_q, wq, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"preset": "paper"}, "preset 'paper'"), ({"start": "random"}, "start 'random'")],
+)
+def test_unknown_presets_and_starts_are_refused(closed, change, message):
+    x, wq, wk, _ = closed
+    with pytest.raises(InputError, match=message):
+        prune_query_key(x, wq, wk, "0.5", rope=ROPE, **change)
