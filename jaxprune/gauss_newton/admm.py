@@ -206,26 +206,21 @@ def kronecker_admm(
     sparsity = Sparsity.parse(sparsity)
     _check(w, a, b, c, sparsity, iterations, refinements, group)
     a = a if isinstance(a, Factor) else factorise(a, damping)
-    d_in, d_out = w.shape
-    scale = jnp.ones(d_out, a.scale.dtype)
+    diagonal, factor = None, None
     if isinstance(b, Factor):
-        factor, scale = b, b.scale.reshape(-1)
-    elif b is None:
-        factor = None
-    elif b.ndim == 1:
-        factor, scale = None, jnp.sqrt(jnp.maximum(b, 0).astype(accumulation_dtype(b)))
-    else:
-        factor = factorise(b.reshape(-1, *b.shape[-2:]), damping)
-        scale = factor.scale.reshape(-1)
-    pattern = None if sparsity.m is None else sparsity
+        factor = b
+    elif b is not None and b.ndim == 1:
+        diagonal = b
+    elif b is not None:
+        factor = factorise(b if b.ndim == 3 else b[None], damping)
     return _admm(
         w,
         a,
         factor,
-        scale,
+        diagonal,
         c,
-        _drops(sparsity, d_in, d_out, group, block_size),
-        pattern=pattern,
+        _drops(sparsity, w.shape[0], w.shape[1], group, block_size),
+        pattern=None if sparsity.m is None else sparsity,
         iterations=iterations,
         refinements=refinements,
         group=group,
@@ -273,19 +268,19 @@ def _check(
 
 def _drops(
     sparsity: Sparsity, d_in: int, d_out: int, group: Group, block_size: int
-) -> Int[Array, " groups"]:
+) -> list[int | Array]:
     """Entries to drop from every group: data, so that ratios share one program."""
     if group == "block":
         rows = [min(block_size, d_in - start) for start in range(0, d_in, block_size)]
         sizes = [r * d_out for r in rows]
     else:
         sizes = [{"matrix": d_in * d_out, "input": d_out, "output": d_in}[group]]
-    return jnp.stack([jnp.asarray(sparsity.drop_count(size), jnp.int32) for size in sizes])
+    return [sparsity.drop_count(size) for size in sizes]
 
 
 def _select(
     scores: Float[Array, "d_in d_out"],
-    drops: Int[Array, " groups"],
+    drops: list[Int[Array, ""]],
     pattern: Sparsity | None,
     group: Group,
     block_size: int,
@@ -296,7 +291,7 @@ def _select(
     if group == "block":
         blocks = [
             keep_highest(scores[i * block_size : (i + 1) * block_size].reshape(-1), drops[i])
-            for i in range(drops.shape[0])
+            for i in range(len(drops))
         ]
         return jnp.concatenate(blocks).reshape(scores.shape)
     if group == "input":
@@ -308,7 +303,7 @@ def _select(
 
 def _select_roughly(
     scores: Float[Array, "d_in d_out"],
-    drops: Int[Array, " groups"],
+    drops: list[Int[Array, ""]],
     pattern: Sparsity | None,
     group: Group,
     block_size: int,
@@ -318,7 +313,7 @@ def _select_roughly(
     if pattern is not None or group != "matrix" or scores.size < _LARGE or stride is None:
         return _select(scores, drops, pattern, group, block_size)
     sample = scores.reshape(-1)[::stride]
-    share = drops[0].astype(jnp.float32) / scores.size
+    share = jnp.asarray(drops[0], jnp.float32) / scores.size
     drop = jnp.round(share * sample.size).astype(jnp.int32)
     kept = keep_highest(sample, drop)
     threshold = jnp.min(jnp.where(kept, sample, jnp.inf))
@@ -341,9 +336,9 @@ def _admm(
     w: Array,
     a: Factor,
     b: Factor | None,
-    output_scale: Array,
+    diagonal: Array | None,
     c: Array | None,
-    drops: Array,
+    drops: list[Array],
     *,
     pattern: Sparsity | None,
     iterations: int,
@@ -351,7 +346,13 @@ def _admm(
     group: Group,
     block_size: int,
 ) -> PrunedKronecker:
-    kind = jnp.result_type(w.astype(accumulation_dtype(w)), a.matrix, output_scale)
+    kind = jnp.result_type(w.astype(accumulation_dtype(w)), a.matrix)
+    if b is not None:
+        output_scale = b.scale.reshape(-1)
+    elif diagonal is not None:
+        output_scale = jnp.sqrt(jnp.maximum(diagonal, 0).astype(kind))
+    else:
+        output_scale = jnp.ones(w.shape[1], kind)
     scale = a.scale[:, None] * output_scale
     live = a.scale[:, None] > 0
     weight = jnp.where(live, w.astype(kind), 0)
@@ -398,37 +399,36 @@ def _admm(
         target, jnp.zeros_like(target), target, jnp.asarray(_FIRST_PENALTY, kind), zero, zero
     )
     found = lax.fori_loop(0, iterations, iterate, start)
-    kept = select(jnp.abs(found.candidate), drops)
 
     def loss(x: Array) -> Array:
         return 0.5 * jnp.sum((x - target) * product(x - target))
 
-    masked, sparse = jnp.where(kept, scaled, 0), jnp.where(kept, found.candidate, 0)
-    masked_loss = loss(masked)
-    first = jnp.where(loss(sparse) < masked_loss, sparse, masked)
+    # One program for all that is compared: the plain ranking and the mask found, with old weights,
+    # and the mask found with the weights found.
+    ranked = jnp.abs(jnp.stack([scaled, found.candidate]))
+    plain, kept = jax.vmap(lambda scores: select(scores, drops))(ranked)
+    supports = jnp.stack([plain, kept, kept])
+    starts = jnp.where(supports, jnp.stack([scaled, scaled, found.candidate]), 0)
+    plain_loss, masked_loss, sparse_loss = jax.vmap(loss)(starts)
+    first = jnp.where(sparse_loss < masked_loss, starts[2], starts[1])
     blocks = w.shape[1] if b is None else b.values.shape[0]
     refined = _refine(first, kept, target, product, refinements, blocks)
+    refined_loss = loss(refined)
+    # What is refined may be worse by rounding only. The plain ranking with old weights wins ties:
+    # nothing to drop leaves the weight alone; of weights that count alike the first goes first.
+    adapted = refined_loss < masked_loss
+    best = jnp.where(adapted, refined_loss, masked_loss)
+    found_better = best < plain_loss
     seen = scale > 0
     rescaled = jnp.where(seen, refined / jnp.where(seen, scale, 1), weight)
-    # The plain ranking with old weights wins ties: nothing to drop leaves the weight alone, and of
-    # weights that count alike the first goes first. What is refined may be worse by rounding only.
-    plain = select(jnp.abs(scaled), drops)
-    choices = [
-        (loss(jnp.where(plain, scaled, 0)), plain, weight),
-        (masked_loss, kept, weight),
-        (loss(refined), kept, rescaled),
-    ]
-    best, kept, weight = choices[0]
-    for other, mask, values in choices[1:]:
-        better = other < best
-        best, kept = jnp.where(better, other, best), jnp.where(better, mask, kept)
-        weight = jnp.where(better, values, weight)
+    kept = jnp.where(found_better, kept, plain)
+    weight = jnp.where(found_better & adapted, rescaled, weight)
     norm = jnp.sqrt(jnp.maximum(jnp.sum(scaled**2), jnp.finfo(kind).tiny))
     return PrunedKronecker(
         weight=jnp.where(kept, weight, 0).astype(w.dtype),
         keep_mask=kept,
-        loss=best,
-        masked_loss=loss(jnp.where(kept, scaled, 0)),
+        loss=jnp.where(found_better, best, plain_loss),
+        masked_loss=jnp.where(found_better, masked_loss, plain_loss),
         primal_residual=jnp.sqrt(found.primal_residual) / norm,
         dual_residual=jnp.sqrt(found.dual_residual) / norm,
         damping=a.damping,

@@ -47,9 +47,3 @@ def test_moments_are_enough():
     assert (once.keep_mask == again.keep_mask).mean() > 0.99
     assert not once.weight[3].any()
     np.testing.assert_allclose(once.damping, 0.01)
-
-
-def test_outputs_may_have_a_budget_each():
-    x, w = draw()
-    kept = admm(x, w, 0.5, group="output").keep_mask
-    assert (kept.sum(axis=0) == 20).all()

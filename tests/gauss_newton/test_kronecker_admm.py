@@ -102,7 +102,7 @@ def test_few_steps_in_float32_come_close(x64):
 
 def test_forms_of_b_agree(x64):
     w, a, b = draw()
-    prune = partial(kronecker_admm, *jaxed(w, a), refinements=100)
+    prune = partial(kronecker_admm, *jaxed(w, a), refinements=200)
     for same, other in (
         (b, full(b)),
         (np.ones(D_OUT), np.eye(D_OUT)),
@@ -115,7 +115,7 @@ def test_forms_of_b_agree(x64):
         np.testing.assert_allclose(one.weight, two.weight, rtol=1e-6, atol=1e-9)
         np.testing.assert_allclose(one.loss, two.loss, rtol=1e-9)
     shared = kronecker_admm(
-        jnp.asarray(w), factorise(jnp.asarray(a)), factorise(jnp.asarray(b)), 0.5, refinements=100
+        jnp.asarray(w), factorise(jnp.asarray(a)), factorise(jnp.asarray(b)), 0.5, refinements=200
     )
     assert (shared.weight == prune(jnp.asarray(b), 0.5).weight).all()
 
@@ -125,7 +125,7 @@ def test_units_of_inputs_and_outputs_do_not_matter(x64):
     w, a, b = draw()
     random = np.random.default_rng(1)
     left, right = (2.0 ** random.integers(-6, 7, size) for size in (D_IN, D_OUT))
-    one = kronecker_admm(*jaxed(w, a, full(b)), 0.5)
+    one = kronecker_admm(*jaxed(w, a, full(b)), 0.5, refinements=200)
     two = kronecker_admm(
         *jaxed(
             w * np.outer(left, right),
@@ -133,6 +133,7 @@ def test_units_of_inputs_and_outputs_do_not_matter(x64):
             full(b) / np.outer(right, right),
         ),
         0.5,
+        refinements=200,
     )
     assert (one.keep_mask == two.keep_mask).all()
     np.testing.assert_allclose(two.weight / np.outer(left, right), one.weight, rtol=1e-9)
@@ -141,7 +142,7 @@ def test_units_of_inputs_and_outputs_do_not_matter(x64):
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    sparsity=st.sampled_from([0.0, 0.01, 0.3, 0.5, 0.77, 0.99, 1.0, "2:4", "4:4"]),
+    sparsity=st.sampled_from([0.0, 0.01, 0.3, 0.5, 0.77, 0.99, 1.0, "2:4"]),
     rank=st.integers(1, D_IN),
     dead=st.integers(0, D_IN),
     indefinite=st.booleans(),
@@ -169,7 +170,7 @@ def test_any_factors_give_exact_counts_and_no_worse_weights(seed, sparsity, rank
         groups = kept.reshape(D_IN // pattern.m, pattern.m, D_OUT)
         assert (groups.sum(axis=1) == pattern.n).all()
     assert found.loss <= found.masked_loss
-    if sparsity in (0.0, "4:4"):
+    if sparsity == 0.0:
         seen = np.diag(np.asarray(a)) > 0
         assert (weight == np.where(seen[:, None], w, 0)).all()
 
@@ -180,7 +181,8 @@ def test_any_factors_give_exact_counts_and_no_worse_weights(seed, sparsity, rank
 )
 def test_groups_have_exact_counts(group, counts):
     w, a, b = (m.astype(jnp.float32) for m in jaxed(*draw()))
-    kept = np.asarray(kronecker_admm(w, a, b, 0.5, group=group, block_size=5).keep_mask)
+    size = {"block_size": 5} if group == "block" else {}
+    kept = np.asarray(kronecker_admm(w, a, b, 0.5, group=group, **size).keep_mask)
     if counts is not None:
         assert (kept.sum(axis=counts) == 6).all()
     rows = [kept] if group == "matrix" else [kept[i : i + 5] for i in (0, 5, 10)]
@@ -201,28 +203,13 @@ def test_a_dense_target_on_dense_inputs(x64):
     same = kronecker_admm(*jaxed(w, a, b), 0.5, c=jnp.asarray(a))
     plain = kronecker_admm(*jaxed(w, a, b), 0.5)
     np.testing.assert_allclose(same.weight, plain.weight, rtol=1e-6, atol=1e-9)
-    pruned = kronecker_admm(*jaxed(w, a, b), 0.5, c=jnp.asarray(c), damping=0.0, refinements=60)
+    pruned = kronecker_admm(*jaxed(w, a, b), 0.5, c=jnp.asarray(c), damping=0.0)
 
     def error(weight):
         e = pruned_x @ weight - x @ w
         return np.trace(e @ full(b) @ e.T)
 
     assert error(np.asarray(pruned.weight)) < error(np.asarray(plain.weight))
-
-
-def test_a_large_matrix_takes_its_threshold_from_a_sample(monkeypatch):
-    w, a, b = (m.astype(jnp.float32) for m in jaxed(*draw()))
-    exact = kronecker_admm(w, a, b, 0.5)
-    monkeypatch.setattr(module, "_LARGE", 1)
-    monkeypatch.setattr(module, "_STRIDES", (3, 5))  # the first divides the columns
-    jax.clear_caches()
-    for ratio in (0.0, 0.5, 1.0):
-        sampled = kronecker_admm(w, a, b, ratio)
-        assert (~sampled.keep_mask).sum() == int(w.size * ratio)
-        if ratio == 0.5:
-            assert sampled.loss < 1.5 * exact.loss
-            assert (sampled.keep_mask == exact.keep_mask).mean() > 0.7
-    jax.clear_caches()
 
 
 def test_vmap_equals_a_loop_and_ratios_share_a_program(compiled):
@@ -276,3 +263,18 @@ WRONG = [
 def test_wrong_input_is_named(unchecked, change, message):
     with pytest.raises(ValueError, match=message):
         kronecker_admm(**{"w": W, "a": A, "b": None, "sparsity": 0.5} | change)
+
+
+def test_a_large_matrix_takes_its_threshold_from_a_sample(monkeypatch):
+    w, a, b = (m.astype(jnp.float32) for m in jaxed(*draw()))
+    exact = kronecker_admm(w, a, b, 0.5)
+    monkeypatch.setattr(module, "_LARGE", 1)
+    monkeypatch.setattr(module, "_STRIDES", (3, 5))  # the first divides the columns
+    module._admm.clear_cache()
+    for ratio in (0.0, 0.5, 1.0):
+        sampled = kronecker_admm(w, a, b, ratio)
+        assert (~sampled.keep_mask).sum() == int(w.size * ratio)
+        if ratio == 0.5:
+            assert sampled.loss < 1.5 * exact.loss
+            assert (sampled.keep_mask == exact.keep_mask).mean() > 0.7
+    module._admm.clear_cache()
