@@ -138,7 +138,11 @@ MUTANTS = [
     ),
     Mutant("gauss_newton/admm.py", "refined / jnp.where(seen, scale, 1)", "refined"),
     Mutant("gauss_newton/admm.py", "jnp.where(live, w.astype(kind), 0)", "w.astype(kind)"),
-    Mutant("gauss_newton/admm.py", "better = other < best", "better = other > best"),
+    Mutant(
+        "gauss_newton/admm.py",
+        "adapted = refined_loss < masked_loss",
+        "adapted = refined_loss > masked_loss",
+    ),
     Mutant(
         "gauss_newton/admm.py",
         "residual = jnp.where(kept, product(target - first), 0)",
