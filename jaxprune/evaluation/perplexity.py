@@ -156,14 +156,10 @@ def _mean(
     check_batch(batch)
     count = windows.shape[0]
     batch = min(batch, count)
-    means = [
-        np.asarray(measure(jnp.asarray(part)))
-        for part in tqdm(
-            _batches(windows, batch),
-            total=math.ceil(count / batch),
-            desc=name,
-            unit="batch",
-            leave=False,
-        )
-    ]
+    # Closed also when a batch fails: the error has its own line.
+    with tqdm(total=math.ceil(count / batch), desc=name, unit="batch", leave=False) as bar:
+        means = []
+        for part in _batches(windows, batch):
+            means.append(np.asarray(measure(jnp.asarray(part))))
+            bar.update()
     return float(np.concatenate(means)[:count].astype(float).mean())

@@ -232,11 +232,13 @@ def _write_tensors(
     content += b" " * (-len(content) % 8)
     with out.open("wb") as stream:
         stream.write(struct.pack("<Q", len(content)) + content)
-        for part in tqdm(parts.values(), desc=file.name, unit="tensor", leave=False):
-            tensor = read_tensor(file, part.source, stored[part.source])
-            if part.heads is not None:
-                tensor = _rotate_half(tensor, part.heads)
-            stream.write(np.ascontiguousarray(tensor.astype(_DTYPES[dtype])).tobytes())
+        with tqdm(total=len(parts), desc=file.name, unit="tensor", leave=False) as bar:
+            for part in parts.values():
+                tensor = read_tensor(file, part.source, stored[part.source])
+                if part.heads is not None:
+                    tensor = _rotate_half(tensor, part.heads)
+                stream.write(np.ascontiguousarray(tensor.astype(_DTYPES[dtype])).tobytes())
+                bar.update()
 
 
 def _rotate_half(weight: np.ndarray, heads: int) -> np.ndarray:
