@@ -3,9 +3,9 @@
 To second order, the KL divergence of the predictions is ``½ vec(E)ᵀ F vec(E)`` in an error ``E``
 of a weight, with the Fisher matrix ``F = E[vec(x gᵀ) vec(x gᵀ)ᵀ]``: ``g = ∂ log p(y | context) / ∂
 (output of the map)``, labels ``y`` drawn by the model itself. ``jaxprune.gauss_newton`` takes it
-by its Kronecker factors ``A = Σ_t ω_t x_t x_tᵀ / Σ_t ω_t`` and ``B = Σ_t g_t g_tᵀ``, ``ω_t =
-‖g_t‖²``. One pass over the windows, forwards and backwards, gives ``B`` and ``ω`` of every map;
-``A`` is gathered later, on what the model pruned so far computes.
+by its Kronecker factors, ``A`` the mean of ``x_t x_tᵀ`` and ``B = Σ_t g_t g_tᵀ``. One pass over
+the windows, forwards and backwards, gives ``B`` of every map; ``A`` is gathered later, on what
+the model pruned so far computes.
 """
 
 from __future__ import annotations
@@ -27,23 +27,20 @@ from jaxprune.pipeline.settings import CurvatureSettings
 
 
 class MapCurvature(NamedTuple):
-    """What the predictions feel of the outputs of one linear map, summed over windows.
+    """What the predictions feel of the outputs of one linear map, by windows.
 
     Attributes:
       outputs: blocks of ``B``, a mean over windows.
-      token_weights: ``ω_t`` of every token.
-      input_squares: ``Σ_t ω_t x_ti²`` on the dense model's activations.
+      input_squares: mean of ``x_ti²`` over tokens, on the dense model's activations.
     """
 
     outputs: Float[Array, "p k k"]
-    token_weights: Float[np.ndarray, "w n"]
     input_squares: Float[Array, " d_in"]
 
     def saliency(self, w: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
         """``½ A_ii B_jj w_ij²``, nats a window that dropping an entry costs, to first order."""
         outputs = jnp.diagonal(self.outputs, axis1=-2, axis2=-1).reshape(-1)
-        inputs = self.input_squares / max(float(self.token_weights.sum()), 1e-30)
-        return 0.5 * inputs[:, None] * outputs * jnp.square(w.astype(outputs.dtype))
+        return 0.5 * self.input_squares[:, None] * outputs * jnp.square(w.astype(outputs.dtype))
 
 
 Curvature = list[dict[str, MapCurvature]]
@@ -79,7 +76,6 @@ def prediction_curvature(
     config, windows = model.config, len(tokens)
     layers = range(config.num_hidden_layers)
     sums = [_zeros(model, names, full) for _ in layers]
-    weights_of_tokens: list[dict[str, list[np.ndarray]]] = [{n: [] for n in names} for _ in layers]
     for number, start in enumerate(range(0, windows, batch)):
         here = jnp.asarray(tokens[start : start + batch])
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(len(here)))
@@ -88,19 +84,13 @@ def prediction_curvature(
             hidden.append(next_hidden(model.block_weights(layer), hidden[-1], config, batch=batch))
         gradient = _head_gradient(model, hidden.pop(), keys)
         for layer in reversed(layers):
-            gradient, sums[layer], felt = _through_block(
+            gradient, sums[layer] = _through_block(
                 model.block_weights(layer), hidden.pop(), gradient, sums[layer], config
             )
-            for name, value in felt.items():
-                weights_of_tokens[layer][name].append(np.asarray(value))
         progress(number + 1)
     return [
         {
-            name: MapCurvature(
-                sums[layer][name][0] / windows,
-                np.concatenate(weights_of_tokens[layer][name]),
-                sums[layer][name][1],
-            )
+            name: MapCurvature(sums[layer][name][0] / windows, sums[layer][name][1] / tokens.size)
             for name in names
         }
         for layer in layers
@@ -159,8 +149,8 @@ def _through_block(
     gradient: Float[Array, "b n d"],
     sums: dict[str, tuple[Array, Array]],
     config: LlamaConfig,
-) -> tuple[Array, dict[str, tuple[Array, Array]], dict[str, Float[Array, "b n"]]]:
-    """Gradient before a block, sums that its maps add to, and what each token weighs in them."""
+) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+    """Gradient before a block, and sums that its maps add to."""
     lead = hidden.shape[:2]
 
     def through(hidden: Array, taps: dict[str, Array]) -> tuple[Array, Any]:
@@ -172,14 +162,13 @@ def _through_block(
     }
     _, pull, inputs = jax.vjp(through, hidden, taps, has_aux=True)
     before, outputs = pull(gradient)
-    after, felt = {}, {}
+    after = {}
     for name, (square, input_squares) in sums.items():
         kind = accumulation_dtype(outputs[name])
         g = outputs[name].astype(kind).reshape(-1, *square.shape[:2])
-        felt[name] = jnp.sum(g**2, axis=(1, 2)).reshape(lead)
         x = getattr(inputs, INPUT_OF[name]).astype(kind)
         after[name] = (
             square + contract("tpk,tpl->pkl", g, g),
-            input_squares + contract("bn,bnd->d", felt[name], x**2),
+            input_squares + jnp.sum(x**2, axis=(0, 1)),
         )
-    return before, after, felt
+    return before, after

@@ -1,0 +1,127 @@
+"""The curvature of the predictions: its factors, what they are taken from, how wide they are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune.errors import InputError
+from jaxprune.models import llama
+from jaxprune.models.llama.modeling import INPUT_OF, Tapped, block
+from jaxprune.pipeline import CurvatureSettings, PruneSettings, prune_model
+from jaxprune.pipeline.curvature import draw, prediction_curvature
+from jaxprune.runs import RunFolder
+from jaxprune.sparsity import Sparsity
+
+CONFIG = llama.LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    tie_word_embeddings=True,
+)
+TOKENS = np.random.default_rng(0).integers(0, 40, (4, 12)).astype(np.int32)
+
+
+def prune(folder, **curvature):
+    """Pruned maps of one block of a tiny model."""
+    chosen = CurvatureSettings(**curvature)
+    settings = PruneSettings("gauss-newton", "all", Sparsity(0.5), curvature=chosen)
+    model = llama.Llama(CONFIG, key=jax.random.key(0))
+    with RunFolder(folder / "-".join(map(str, chosen)), settings) as run:
+        list(prune_model(model, TOKENS, TOKENS, settings, run, lambda where: None))
+    return model.blocks.get_value()
+
+
+def test_factors_are_sums_over_the_gradients_of_drawn_labels():
+    """Against one gradient through the whole model, in what is added to every map's outputs."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=2)
+    model, key = llama.Llama(config, key=jax.random.key(0)), jax.random.key(3)
+    found = prediction_curvature(model, TOKENS, tuple(INPUT_OF), key, batch=3, full=16)
+    layers = range(2)
+    taps = [
+        {
+            n: jnp.zeros((*TOKENS.shape, getattr(model.block_weights(i), n).shape[1]))
+            for n in INPUT_OF
+        }
+        for i in layers
+    ]
+
+    def logits(taps):
+        hidden, inputs = model.embed(jnp.asarray(TOKENS)), []
+        for i in layers:
+            weights = model.block_weights(i)
+            tapped = {n: Tapped(getattr(weights, n), tap) for n, tap in taps[i].items()}
+            hidden, seen = block(weights._replace(**tapped), hidden, config)
+            inputs.append(seen)
+        return model.head(hidden), inputs
+
+    predictions = jax.nn.softmax(logits(taps)[0])
+    keys = [jax.random.fold_in(key, window) for window in range(len(TOKENS))]
+    labels = jnp.stack([draw(k, p) for k, p in zip(keys, predictions, strict=True)])
+
+    def likelihood(taps):
+        found, inputs = logits(taps)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(found), labels[..., None], -1)
+        return chosen.sum(), inputs
+
+    gradients, inputs = jax.grad(likelihood, has_aux=True)(taps)
+    for i in layers:
+        for name, felt in found[i].items():
+            g = np.asarray(gradients[i][name], np.float64)
+            blocks = np.split(g, len(felt.outputs), axis=-1)
+            for part, outputs in zip(blocks, felt.outputs, strict=True):
+                expected = np.einsum("btk,btl->kl", part, part) / len(TOKENS)
+                np.testing.assert_allclose(outputs, expected, rtol=1e-3, atol=1e-6)
+            squares = np.square(getattr(inputs[i], INPUT_OF[name])).mean(axis=(0, 1))
+            np.testing.assert_allclose(felt.input_squares, squares, rtol=1e-4)
+    assert [felt.outputs.shape for felt in found[0].values()].count((2, 12, 12)) == 2
+
+
+def test_labels_are_drawn_by_their_probabilities():
+    probability = np.array([0.5, 0.0, 0.2, 0.05, 0.25], np.float32)
+    drawn = draw(jax.random.key(1), jnp.tile(probability, (20_000, 1)))
+    shares = np.bincount(drawn, minlength=5) / 20_000
+    np.testing.assert_allclose(shares, probability, atol=5 * 0.5 / np.sqrt(20_000))
+    assert shares[1] == 0
+
+
+class TakenError(Exception):
+    """Ends a run where the curvature would be taken."""
+
+
+def test_they_are_what_the_curvature_is_taken_by(tmp_path, monkeypatch):
+    def take(model, tokens, names, key, *, batch, full):
+        raise TakenError(len(tokens), full)
+
+    monkeypatch.setattr("jaxprune.pipeline.model.prediction_curvature", take)
+    for curvature, found in (
+        ({}, (4, 2048)),
+        ({"windows": 3}, (3, 2048)),
+        ({"outputs": 64}, (4, 64)),
+    ):
+        with pytest.raises(TakenError) as taken:
+            prune(tmp_path, **curvature)
+        assert taken.value.args == found
+
+
+@pytest.mark.slow
+def test_narrower_blocks_and_fewer_windows_prune_otherwise(tmp_path):
+    full = np.asarray(prune(tmp_path).wv)
+    for curvature in ({"outputs": 4}, {"outputs": 1}, {"windows": 1}):
+        other = np.asarray(prune(tmp_path, **curvature).wv)
+        assert (other != 0).mean() == 0.5
+        assert not np.array_equal(full, other)
+    np.testing.assert_array_equal(full, prune(tmp_path, windows=4, outputs=24).wv)
+
+
+@pytest.mark.parametrize("curvature", [CurvatureSettings(windows=0), CurvatureSettings(outputs=0)])
+def test_nothing_to_take_it_from_is_one_line(curvature):
+    settings = PruneSettings("gauss-newton", "all", Sparsity(0.5), curvature=curvature)
+    with pytest.raises(InputError, match="curvature"):
+        settings.check_names()
