@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, through its own client, an optional extra."""
+"""Files of the Hugging Face hub, through its own client, of the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except ImportError:
         raise InputError(
             f"{what}: no such folder or file here, and reading from the hub needs "
-            "`pip install 'jaxprune[hub]'`"
+            "`pip install 'jaxprune[cli]'`"
         ) from None
     # The HTTP library differs between versions of the client; its errors are the base of theirs.
     http_error: Any = errors.HfHubHTTPError.__mro__[1]
