@@ -21,14 +21,21 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 from tqdm import tqdm
 
+from jaxprune import hub
 from jaxprune.errors import InputError
 from jaxprune.pipeline import METHODS, Progress, prune_checkpoint
 from jaxprune.pipeline.checkpoint import modernised
 from jaxprune.runs import flags
 from jaxprune.runs.configuration import flat
 from jaxprune.runs.script import notice, run_script
-from jaxprune.sharding import check_mesh, connect, is_writer
+from jaxprune.sharding import check_mesh, connect, is_writer, on_process_zero
 from jaxprune.storage import work_folder
+
+# Flags that are for this command alone.
+_NOT_OF_THE_LIBRARY = (
+    *("coordinator", "coordinator_timeout", "processes", "process"),
+    *("push", "public"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,17 @@ class Run(flags.Repeat, flags.Seed):
     """folder of the new checkpoint; must not exist"""
     resume: flags.Flag = False
     """go on with the interrupted run with the same --out and settings"""
+    push: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="OWNER/NAME",
+            help="upload the finished folder to this repository on the hub, private unless "
+            "--public; if left out, nothing is uploaded",
+            help_behavior_hint="",
+        ),
+    ] = None
+    public: flags.Flag = False
+    """with --push: everyone may see it"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,18 +157,23 @@ class Config:
         """Those of ``prune_checkpoint``."""
         if self.refit and self.no_refit:
             raise InputError("--refit and --no-refit: expected one of them")
+        if self.run.public and self.run.push is None:
+            raise InputError("--public: has no effect without --push; leave it out")
         self.check_used()
         named = flat(self)
-        for name in ("coordinator", "coordinator_timeout", "processes", "process", "no_refit"):
+        for name in (*_NOT_OF_THE_LIBRARY, "no_refit"):
             del named[name]
         return named | {"refit": True if self.refit else False if self.no_refit else None}
 
 
 def body(config: Config) -> None:
-    """Connect to the other processes, prune, say what came of it."""
-    arguments, devices = config.arguments(), config.devices
+    """Connect to the other processes, prune, say what came of it, upload it if asked to."""
+    arguments, devices, run = config.arguments(), config.devices, config.run
     connect(devices.coordinator, devices.processes, devices.process, devices.coordinator_timeout)
     check_mesh(devices.mesh)
+    push = run.push
+    if push is not None:
+        on_process_zero(lambda: hub.check_upload(push, public=run.public))
     bars: list[tqdm] = []
 
     def progress(where: Progress) -> None:
@@ -166,6 +189,8 @@ def body(config: Config) -> None:
             bar.close()
     if is_writer():
         print(f"{report.out}: finished already" if report.seconds is None else report)
+    if push is not None:
+        on_process_zero(lambda: print(hub.upload(run.out, push, public=run.public)))
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "jaxprune prune") -> int:
