@@ -7,8 +7,8 @@ linear maps of every block.
 
 For example::
 
-  jaxprune prune --model zoo --sparsity 0.7 --out pruned
-  jaxprune prune --model DIR --calibration text.txt --method wanda --out pruned
+  jaxprune prune --model zoo --sparsity 0.5 --out pruned
+  jaxprune prune --model DIR --calibration text.txt --method wanda --out pruned-by-wanda
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Run(flags.Repeat, flags.Seed):
 class Config:
     """Prune a Llama checkpoint and write one that transformers opens.
 
-    Example: jaxprune prune --model zoo --sparsity 0.7 --out pruned
+    Example: jaxprune prune --model zoo --sparsity 0.5 --out pruned
     """
 
     method: Annotated[
@@ -85,12 +85,20 @@ class Config:
     """after any method, let kept weights adapt block by block, as descent does"""
     no_refit: flags.Flag = False
     """descent leaves kept weights as they were, under its mask"""
-    start: Literal["gauss-newton", "dense"] = "gauss-newton"
-    """what descent goes on from: the closed form, or dense weights, from which it finds the mask
-    itself in many more steps"""
-    allocate: Literal["matrix", "block", "model"] = "matrix"
-    """what shares the budget of zeros: matrix (each loses --sparsity), block or model (all of them
-    together lose it, where the predictions feel it least)"""
+    start: Annotated[
+        Literal["gauss-newton", "dense"],
+        tyro.conf.arg(
+            help="what descent goes on from: the closed form, or dense weights, from which it "
+            "finds the mask itself in many more steps"
+        ),
+    ] = "gauss-newton"
+    allocate: Annotated[
+        Literal["matrix", "block", "model"],
+        tyro.conf.arg(
+            help="what shares the budget of zeros: matrix (each loses --sparsity), block or model "
+            "(all of them together lose it, where the predictions feel it least)"
+        ),
+    ] = "matrix"
     lowest: float = 0.0
     """least fraction that a matrix loses where a budget is shared"""
     highest: float = 0.95
