@@ -266,11 +266,13 @@ def _check_layer(
 
 
 def available_memory() -> int:
-    """Bytes of the device that can be used: its limit, or what the machine has free."""
+    """Bytes of the device that can be used: its limit, or what the machine has free or has."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return int(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # macOS does not say what is free.
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 # Matrices [d, d] that one run of Algorithm 1 holds (variable, gradient, effective weight, updates).
