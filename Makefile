@@ -50,7 +50,7 @@ docs: $(READY) ## API reference from docstrings: docs/api/index.html
 
 notebook: $(READY) ## the tutorial with its outputs (minutes): docs/tutorial.ipynb
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group docs
-	$(BIN)/jupytext --to notebook --set-kernel python3 --run-path . --execute --output docs/tutorial.ipynb docs/tutorial.py
+	TQDM_DISABLE=1 $(BIN)/jupytext --to notebook --set-kernel python3 --run-path . --execute --output docs/tutorial.ipynb docs/tutorial.py
 
 dist: $(READY) ## wheel and source distribution, checked: dist
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group dist
