@@ -10,7 +10,7 @@ PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
 MODULES = $(sort $(subst /,.,$(patsubst %/__init__,%,$(basename $(shell find jaxprune -name '*.py')))))
 
 .DEFAULT_GOAL := help
-.PHONY: help env sweep real headline figures gallery docs test test-slow mutants coverage bench bench-gpu lint format clean
+.PHONY: help env sweep real headline figures gallery docs notebook dist test test-slow mutants coverage bench bench-gpu lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort | expand -t 14
@@ -47,6 +47,16 @@ gallery: $(READY) ## docs/gallery.md with the figures of finished runs
 docs: $(READY) ## API reference from docstrings: docs/api/index.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group docs
 	PYTHONWARNINGS='ignore:Error parsing type annotation,ignore:The module specification' $(BIN)/python -m pdoc --docformat google --output-directory docs/api $(MODULES)
+
+notebook: $(READY) ## the tutorial with its outputs (minutes): docs/tutorial.ipynb
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group docs
+	TQDM_DISABLE=1 $(BIN)/jupytext --to notebook --set-kernel python3 --run-path . --execute --output docs/tutorial.ipynb docs/tutorial.py
+
+dist: $(READY) ## wheel and source distribution, checked: dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group dist
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 test: $(READY) ## the tests of a few minutes
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"

@@ -1,10 +1,10 @@
+# %% [markdown]
 """From one head to a pruned model: a script with cells.
 
-Open it in an editor that knows cells (`# %%`), or run it whole: figures go to the folder
-`runs/tutorial`. It takes a few minutes on two CPU cores; with `JAXPRUNE_TOY=1` in the environment
-it is smaller, which is how the tests run it.
-
-  python docs/tutorial.py
+Open `docs/tutorial.py` in an editor that knows cells, or run it whole (`python docs/tutorial.py`):
+figures go to the folder `runs/tutorial`. It takes a few minutes on two CPU cores; with
+`JAXPRUNE_TOY=1` in the environment it is smaller, which is how the tests run it.
+`docs/tutorial.ipynb` is the same with what the cells put out.
 """
 
 # %% [markdown]

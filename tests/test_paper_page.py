@@ -1,10 +1,12 @@
-"""docs/paper.md names functions and tests that exist."""
+"""docs/paper.md and the front page of the API reference name what exists."""
 
 import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+import jaxprune
 
 REPOSITORY = Path(__file__).parent.parent
 PAGE = (REPOSITORY / "docs" / "paper.md").read_text()
@@ -21,6 +23,17 @@ def test_the_page_names_functions_and_tests():
 def test_function_exists_and_is_documented(name):
     module, _, attribute = name.rpartition(".")
     assert getattr(importlib.import_module(module), attribute).__doc__
+
+
+FRONT = set(re.findall(r"`(jaxprune(?:\.\w+)+)`", jaxprune.__doc__))
+
+
+def test_the_front_page_of_the_reference_leads_everywhere():
+    for name in FRONT:
+        assert importlib.import_module(name).__doc__, name
+    below = {".".join(name.split(".")[:2]) for name in FRONT}
+    rooms = {f"jaxprune.{p.parent.name}" for p in REPOSITORY.glob("jaxprune/*/__init__.py")}
+    assert rooms <= below
 
 
 @pytest.mark.parametrize(("file", "name"), TESTS)

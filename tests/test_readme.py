@@ -51,7 +51,7 @@ def printed(tmp_path_factory):
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(compile(block, "README.md", "exec"), names)
             outputs.append(out.getvalue())
-        names["files"] = sorted(f.name for f in Path("pruned").iterdir())
+        names["files"] = sorted(f.name for f in Path("pruned-zoo").iterdir())
     return names, outputs
 
 
@@ -70,7 +70,7 @@ def test_the_examples_run(printed):
 @pytest.mark.slow
 def test_the_checkpoint_of_the_example_is_written(printed):
     names, outputs = printed
-    assert outputs[3].startswith("pruned: 0.5000 of the pruned matrices is zero")
+    assert outputs[3].startswith("pruned-zoo: 0.5000 of the pruned matrices is zero")
     assert names["report"].achieved_sparsity == {"wq": [0.5] * 6, "wk": [0.5] * 6}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names["files"])
 
@@ -85,6 +85,24 @@ def test_commands_have_flags_that_exist(script, path, flags):
     parsed = parse_flags(config, flags, path)
     if hasattr(parsed, "check") and flat(parsed).get("repeat") is None:
         parsed.check()
+
+
+def test_no_two_commands_write_the_same_folder():
+    """Whoever follows the pages from top to bottom meets no output that is there already."""
+    written = {}
+    pages = {**PAGES, "docs/paper.md": (REPOSITORY / "docs" / "paper.md").read_text()}
+    for text in pages.values():
+        lines = re.findall(r"`([^`\n]*--out [^`\n]*)`", text) + "".join(blocks(text, "sh")).split(
+            "\n"
+        )
+        for line in lines:
+            command = [word for word in shlex.split(line, comments=True) if word != "--resume"]
+            if "--out" in command and "[" not in line and "NEW" not in line:
+                out = command[command.index("--out") + 1]
+                assert written.setdefault(out, command) == command, out
+        for call in re.findall(r"prune_checkpoint\(\s*\"[^\"]+\", \"([^\"]+)\"", text):
+            assert call not in written, call
+            written[call] = call
 
 
 def test_make_has_every_target_named():
@@ -120,3 +138,5 @@ def test_help_of_every_script_has_an_example(path, script, capsys, monkeypatch):
         script(path.stem).main(["--help"])
     shown = capsys.readouterr().out
     assert f"{path.parent.name}/{path.name} " in shown or "Example: jaxprune " in shown
+    for odd in ("None", "(default: )", "}|", "|{"):
+        assert odd not in shown

@@ -64,8 +64,7 @@ class Config:
     page: Path = Path("README.md")
     """file with the markers"""
     saved: Maybe[Path] = None
-    """where metrics and settings of the run are kept; its name is that of the markers; if left
-    out, the folder of the name of --run in docs"""
+    """where metrics and settings are kept, named as the markers are; if left out, --run in docs"""
     rows: Several[str] = ()
     """rows of a run of real.py by name or pattern, such as 'all-0.5-*'; if left out, all"""
 

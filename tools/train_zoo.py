@@ -359,7 +359,14 @@ def card(config: ZooConfig, folder: Path, texts: dict[str, str], ids: np.ndarray
     digest = hashlib.sha256("".join(texts.values()).encode()).hexdigest()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     hyperparameters = configuration(config)
-    return f"""# The embedded Llama
+    return f"""---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# The embedded Llama
 
 A tiny Llama that jaxprune carries, so that every command works without a download. It was
 trained by `tools/train_zoo.py` with jaxprune's own model code, and this card was written by

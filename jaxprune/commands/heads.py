@@ -3,8 +3,9 @@
 The fused weight of each head is ``W = W_Q W_Kᵀ/√k``, grouped-query heads paired with the key head
 they share; positions (RoPE) are left out, as in the paper. Wanda and SparseGPT prune ``W_Q`` and
 ``W_K`` instead. Algorithm 1 chooses λ and step size on the calibration error, from a grid that
-follows the size of its gradient. Besides the ratios asked for, fused matrices are pruned to what
-``W_Q`` and ``W_K`` store at the middle ratio.
+follows the size of its gradient; where that would take more than an hour, it is left out unless
+it is asked for. Besides the ratios asked for, fused matrices are pruned to what ``W_Q`` and
+``W_K`` store at the middle ratio.
 
 A model goes layer by layer: activations of one layer and keep masks of one method in it are held.
 
@@ -42,6 +43,7 @@ from jaxprune.evaluation.comparison import (
     judge,
     prune,
     search_algorithm1,
+    search_operations,
 )
 from jaxprune.evaluation.heads import Layers, fitting_heads, from_file, from_model
 from jaxprune.models import llama
@@ -62,6 +64,10 @@ COLUMNS = Columns(
     texts=("method",),
     known={"method": SHOWN},
 )
+# Operations of Algorithm 1 a second on one CPU core, as measured on layers of Llama-3.2-1B's shape,
+# and hours from which it is left out of what is run by default. Other machines are faster; that the
+# choice is the same on all of them lets a run go on elsewhere.
+_CORE_SPEED, _HOURS = 6e10, 1.0
 EXAMPLE = "attention.npz"
 EXAMPLE_METHODS = (ALGORITHM1, "descent", "wanda")
 EXAMPLE_TOKENS = 48
@@ -72,7 +78,7 @@ class Data(flags.Dtype, flags.HeldoutWindows):
     """A model and windows of text, or a layer in a file."""
 
     model: flags.Maybe[str] = None
-    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub; this or --input"""
+    """zoo, a Hugging Face folder, a .gguf file, or owner/name on the hub; zoo without --input"""
     layers: flags.Several[int] = ()
     """layers of the model, counted from 0; if left out, all"""
     heads: flags.Maybe[int] = None
@@ -86,6 +92,11 @@ class Data(flags.Dtype, flags.HeldoutWindows):
             help_behavior_hint="",
         ),
     ] = None
+
+    @property
+    def model_or_default(self) -> str | None:
+        """The model, ``None`` where a layer comes from a file."""
+        return None if self.input is not None else self.model or "zoo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +116,14 @@ class Config:
 
     ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
     """fractions removed"""
-    methods: tuple[str, ...] = SHOWN
-    """algorithm1, magnitude, wanda, sparsegpt, admm, fused_magnitude, ranking, gauss_newton,
-    descent"""
+    methods: Annotated[
+        tuple[str, ...] | None,
+        tyro.conf.arg(
+            help=f"some of {', '.join(SHOWN)}; if left out, all, but algorithm1 only where it "
+            "takes less than an hour on a CPU core",
+            help_behavior_hint="",
+        ),
+    ] = None
     steps: int = 300
     """gradient-descent steps of Algorithm 1"""
     batch_size: int = 4
@@ -134,7 +150,7 @@ class Config:
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""
         data = self.data
-        if (data.input is None) == (data.model is None):
+        if data.input is not None and data.model is not None:
             raise InputError("--model or --input: expected one of them, see --help")
         # Runs that were begun when such flags were accepted go on.
         if data.input is not None and not self.run.resume and self.run.repeat is None:
@@ -144,10 +160,10 @@ class Config:
                 Sparsity(ratio)
             except InputError as error:
                 raise InputError(f"--ratios {ratio}: {error}") from None
-        for method in self.methods:
+        for method in self.methods or ():
             if method not in SHOWN:
                 raise InputError(f"--methods {method}: expected some of {', '.join(SHOWN)}")
-        if not self.ratios or not self.methods:
+        if not self.ratios or self.methods == ():
             raise InputError("--ratios and --methods: expected at least one value")
         values = flat(self)
         for name in ("heads", "head_batch", "steps", "batch_size", "descent_steps"):
@@ -165,6 +181,11 @@ class Config:
                 )
 
     @property
+    def chosen(self) -> tuple[str, ...]:
+        """The methods that are run; see ``with_methods``."""
+        return self.methods or ()
+
+    @property
     def middle(self) -> float:
         """The ratio that single numbers are shown at."""
         return middle_of(self.ratios)
@@ -175,8 +196,8 @@ class Config:
         Raises:
           InputError: nothing usable there, or no such layer or head.
         """
-        data = self.data
-        if data.model is None:
+        data, model = self.data, self.data.model_or_default
+        if model is None:
             assert data.input is not None
             try:
                 result = from_file(data.input)
@@ -184,7 +205,7 @@ class Config:
                 raise InputError(f"--input {error}") from None
         else:
             result = from_model(
-                data.model,
+                model,
                 data.calibration,
                 windows=data.windows,
                 seqlen=data.seqlen,
@@ -207,6 +228,27 @@ class Config:
         """Layer and head of Figure 1."""
         middle = source.indices[len(source.indices) // 2]
         return (middle, 0) if self.example is None else self.example
+
+
+def hours_of_algorithm1(config: Config, source: Layers) -> float:
+    """What Algorithm 1 takes on all heads, estimated for one CPU core."""
+    one = search_operations(source.n, source.d, steps=config.steps, batch_size=config.batch_size)
+    return one * source.heads * len(source.indices) / _CORE_SPEED / 3600
+
+
+def with_methods(config: Config, source: Layers) -> Config:
+    """The configuration with methods: those asked for, or all that do not take too long."""
+    if config.methods is not None:
+        return config
+    hours = hours_of_algorithm1(config, source)
+    if hours <= _HOURS:
+        return replace(config, methods=SHOWN)
+    rest = tuple(method for method in SHOWN if method != ALGORITHM1)
+    notice(
+        f"{ALGORITHM1} is left out, it would take about {hours:.0f} hours on a CPU core; "
+        f"--methods {ALGORITHM1} {' '.join(rest)} asks for it"
+    )
+    return replace(config, methods=rest)
 
 
 def middle_of(ratios: Sequence[float]) -> float:
@@ -298,7 +340,7 @@ def compute_example(
     x = problems.x_heldout[0, :EXAMPLE_TOKENS]
     arrays = {"dense": np.asarray(attention_matrix(x, one.w[0]))}
     for method in EXAMPLE_METHODS:
-        if method in config.methods:
+        if method in config.chosen:
             (weight, _), _ = prune_heads(one, method, [config.middle], config)
             arrays[method] = np.asarray(attention_matrix(x, weight[0, 0]))
     named = {"layer": layer, "head": head, "ratio": config.middle}
@@ -315,7 +357,7 @@ def compute_layer(
     advance: Callable[[str], None],
 ) -> Iterator[dict]:
     """Rows of a layer; the masks of each method in it end in one file."""
-    for method in config.methods:
+    for method in config.chosen:
         masks: dict[str, np.ndarray] = {}
         for part in plan(config, source, layer, method):
             yield from run.part(part.name, partial(compute, run, part, problems, config))
@@ -323,7 +365,7 @@ def compute_layer(
             advance(part.name)
         write_arrays(run.path / f"keep_masks-layer{layer}-{method}.npz", **masks)
     where = config.example_of(source)
-    if layer == where[0] and set(config.methods) & set(EXAMPLE_METHODS):
+    if layer == where[0] and set(config.chosen) & set(EXAMPLE_METHODS):
         run.part("example", partial(compute_example, run, problems, *where, config))
 
 
@@ -507,11 +549,11 @@ def report(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
 
 
 def prepare(config: Config) -> Experiment:
-    """Read what the heads are taken from."""
+    """Read what the heads are taken from, and choose the methods."""
     source = config.source()
-    if config.data.model is not None:
-        seqlen = source.protocol["calibration"]["seqlen"]
-        notice(context_note(llama.locate(config.data.model), seqlen))
+    config, model = with_methods(config, source), config.data.model_or_default
+    if model is not None:
+        notice(context_note(llama.locate(model), source.n))
 
     def rows(run: RunFolder) -> list[dict[str, Any]]:
         write_json(run.path / "protocol.json", source.protocol)
@@ -519,7 +561,7 @@ def prepare(config: Config) -> Experiment:
         total = sum(
             len(plan(config, source, layer, method))
             for layer in source.indices
-            for method in config.methods
+            for method in config.chosen
         )
         with tqdm(total=total, unit="part") as bar:
 

@@ -7,8 +7,8 @@ linear maps of every block.
 
 For example::
 
-  jaxprune prune --model zoo --sparsity 0.7 --out pruned
-  jaxprune prune --model DIR --calibration text.txt --method wanda --out pruned
+  jaxprune prune --model zoo --sparsity 0.5 --out pruned
+  jaxprune prune --model DIR --calibration text.txt --method wanda --out pruned-by-wanda
 """
 
 from __future__ import annotations
@@ -21,14 +21,21 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 from tqdm import tqdm
 
+from jaxprune import hub
 from jaxprune.errors import InputError
 from jaxprune.pipeline import METHODS, Progress, prune_checkpoint
 from jaxprune.pipeline.checkpoint import modernised
 from jaxprune.runs import flags
 from jaxprune.runs.configuration import flat
 from jaxprune.runs.script import notice, run_script
-from jaxprune.sharding import check_mesh, connect, is_writer
+from jaxprune.sharding import check_mesh, connect, is_writer, on_process_zero
 from jaxprune.storage import work_folder
+
+# Flags that are for this command alone.
+_NOT_OF_THE_LIBRARY = (
+    *("coordinator", "coordinator_timeout", "processes", "process"),
+    *("push", "public"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,13 +51,24 @@ class Run(flags.Repeat, flags.Seed):
     """folder of the new checkpoint; must not exist"""
     resume: flags.Flag = False
     """go on with the interrupted run with the same --out and settings"""
+    push: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="OWNER/NAME",
+            help="upload the finished folder to this repository on the hub, private unless "
+            "--public; if left out, nothing is uploaded",
+            help_behavior_hint="",
+        ),
+    ] = None
+    public: flags.Flag = False
+    """with --push: everyone may see it"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Prune a Llama checkpoint and write one that transformers opens.
 
-    Example: jaxprune prune --model zoo --sparsity 0.7 --out pruned
+    Example: jaxprune prune --model zoo --sparsity 0.5 --out pruned
     """
 
     method: Annotated[
@@ -67,12 +85,20 @@ class Config:
     """after any method, let kept weights adapt block by block, as descent does"""
     no_refit: flags.Flag = False
     """descent leaves kept weights as they were, under its mask"""
-    start: Literal["gauss-newton", "dense"] = "gauss-newton"
-    """what descent goes on from: the closed form, or dense weights, from which it finds the mask
-    itself in many more steps"""
-    allocate: Literal["matrix", "block", "model"] = "matrix"
-    """what shares the budget of zeros: matrix (each loses --sparsity), block or model (all of them
-    together lose it, where the predictions feel it least)"""
+    start: Annotated[
+        Literal["gauss-newton", "dense"],
+        tyro.conf.arg(
+            help="what descent goes on from: the closed form, or dense weights, from which it "
+            "finds the mask itself in many more steps"
+        ),
+    ] = "gauss-newton"
+    allocate: Annotated[
+        Literal["matrix", "block", "model"],
+        tyro.conf.arg(
+            help="what shares the budget of zeros: matrix (each loses --sparsity), block or model "
+            "(all of them together lose it, where the predictions feel it least)"
+        ),
+    ] = "matrix"
     lowest: float = 0.0
     """least fraction that a matrix loses where a budget is shared"""
     highest: float = 0.95
@@ -139,18 +165,23 @@ class Config:
         """Those of ``prune_checkpoint``."""
         if self.refit and self.no_refit:
             raise InputError("--refit and --no-refit: expected one of them")
+        if self.run.public and self.run.push is None:
+            raise InputError("--public: has no effect without --push; leave it out")
         self.check_used()
         named = flat(self)
-        for name in ("coordinator", "coordinator_timeout", "processes", "process", "no_refit"):
+        for name in (*_NOT_OF_THE_LIBRARY, "no_refit"):
             del named[name]
         return named | {"refit": True if self.refit else False if self.no_refit else None}
 
 
 def body(config: Config) -> None:
-    """Connect to the other processes, prune, say what came of it."""
-    arguments, devices = config.arguments(), config.devices
+    """Connect to the other processes, prune, say what came of it, upload it if asked to."""
+    arguments, devices, run = config.arguments(), config.devices, config.run
     connect(devices.coordinator, devices.processes, devices.process, devices.coordinator_timeout)
     check_mesh(devices.mesh)
+    push = run.push
+    if push is not None:
+        on_process_zero(lambda: hub.check_upload(push, public=run.public))
     bars: list[tqdm] = []
 
     def progress(where: Progress) -> None:
@@ -166,6 +197,8 @@ def body(config: Config) -> None:
             bar.close()
     if is_writer():
         print(f"{report.out}: finished already" if report.seconds is None else report)
+    if push is not None:
+        on_process_zero(lambda: print(hub.upload(run.out, push, public=run.public)))
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "jaxprune prune") -> int:

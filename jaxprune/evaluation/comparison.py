@@ -19,6 +19,7 @@ from jaxprune.attention import contract, relative_error
 from jaxprune.baselines import BASELINES, PrunedLinear, magnitude
 from jaxprune.errors import InputError
 from jaxprune.methods.fused import (
+    GRID_POINTS,
     algorithm1,
     algorithm1_grid,
     prune_attention,
@@ -277,6 +278,19 @@ def _algorithm1(
 _SCREEN_STEPS = 60
 _FINALISTS = 3
 _JUDGED = 16
+
+
+def search_operations(n: int, d: int, *, steps: int, batch_size: int) -> float:
+    """Operations of ``search_algorithm1`` for one head: ``4nd(n + d)`` an update and sequence.
+
+    Args:
+      n: tokens of a sequence.
+      d: width of the model.
+      steps: updates of gradient descent.
+      batch_size: sequences of a step.
+    """
+    updates = GRID_POINTS * min(_SCREEN_STEPS, steps) + _FINALISTS * steps
+    return 4.0 * n * d * (n + d) * batch_size * updates
 
 
 def search_algorithm1(

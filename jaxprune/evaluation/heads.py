@@ -23,6 +23,7 @@ from jaxprune.attention import check_finite, contract
 from jaxprune.errors import InputError
 from jaxprune.evaluation.comparison import FusedProblem
 from jaxprune.evaluation.fused_llama import check_fusable
+from jaxprune.methods.fused import GRID_POINTS
 from jaxprune.models import llama
 from jaxprune.models.llama.activations import attention_inputs
 from jaxprune.models.llama.files import checkpoint_hashes
@@ -41,6 +42,7 @@ class Layers:
       heads: query heads of a layer.
       d: width of the model.
       k: width of a head.
+      n: tokens of a calibration sequence.
       tokens: of calibration and held-out text together, in one layer.
       read: yields ``(index, problems)``, layer after layer.
       inputs: hashes of what was read, for ``RunFolder``.
@@ -51,6 +53,7 @@ class Layers:
     heads: int
     d: int
     k: int
+    n: int
     tokens: int
     read: Callable[[], Iterator[tuple[int, FusedProblem]]]
     inputs: dict[str, dict[str, str]]
@@ -68,10 +71,10 @@ class Layers:
 def from_file(path: Path) -> Layers:
     """The layer in an ``.npz``; see ``read_layer``."""
     problems = read_layer(path)
-    heads, d, k = problems.wq.shape
+    (heads, d, k), n = problems.wq.shape, problems.x.shape[1]
     tokens = sum(x.shape[0] * x.shape[1] for x in (problems.x, problems.x_heldout))
     inputs = {"input": hashes([path])}
-    return Layers((0,), heads, d, k, tokens, lambda: iter([(0, problems)]), inputs)
+    return Layers((0,), heads, d, k, n, tokens, lambda: iter([(0, problems)]), inputs)
 
 
 def from_model(
@@ -133,6 +136,7 @@ def from_model(
         config.num_attention_heads,
         config.hidden_size,
         config.head_dim,
+        fit.tokens.shape[1],
         fit.tokens.size + fresh.tokens.size,
         read,
         inputs | {"heldout": fresh.hashes()},
@@ -262,16 +266,18 @@ def _check_layer(
 
 
 def available_memory() -> int:
-    """Bytes of the device that can be used: its limit, or what the machine has free."""
+    """Bytes of the device that can be used: its limit, or what the machine has free or has."""
     statistics = jax.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         return int(statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # macOS does not say what is free.
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-# Matrices [d, d] that one run of Algorithm 1 holds (variable, gradient, effective weight, updates),
-# and runs of its grid that are mapped over at once, the most any method does.
-_MATRICES, _RUNS = 5, 20
+# Matrices [d, d] that one run of Algorithm 1 holds (variable, gradient, effective weight, updates).
+# All points of its grid are mapped over at once, more runs than any other method has.
+_MATRICES = 5
 
 
 def fitting_heads(layers: Layers, ratios: int) -> int:
@@ -281,5 +287,5 @@ def fitting_heads(layers: Layers, ratios: int) -> int:
     is more, the grid of Algorithm 1 or the ratios of the other methods.
     """
     matrix = 4 * layers.d**2
-    head = 8 * layers.tokens * layers.d + matrix * _MATRICES * max(_RUNS, 2 * ratios)
+    head = 8 * layers.tokens * layers.d + matrix * _MATRICES * max(GRID_POINTS, 2 * ratios)
     return int(min(layers.heads, max(1, available_memory() // 2 // head)))

@@ -51,6 +51,7 @@ Start = Literal["gauss_newton", "dense"]
 # in one step that the regulariser alone would cause.
 _LAMBDA_MULTIPLES = (0.01, 0.1, 1.0, 10.0, 100.0)
 DECAYS = (0.003, 0.01, 0.03, 0.1)
+GRID_POINTS = len(_LAMBDA_MULTIPLES) * len(DECAYS)
 
 
 class _DescentDefaults(NamedTuple):

@@ -18,7 +18,9 @@ from jaxprune.errors import InputError
 from jaxprune.evaluation.summary import summary_figure
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import context_note, write_weights
-from jaxprune.models.llama.files import check_outside, checkpoint_hashes
+from jaxprune.models.llama.files import CARD_FILE, check_outside, checkpoint_hashes
+from jaxprune.models.llama.modeling import parameter_count
+from jaxprune.pipeline.card import Outcome, model_card
 from jaxprune.pipeline.model import Progress, distillation_steps, prune_model, units
 from jaxprune.pipeline.settings import TARGETS, PruneSettings
 from jaxprune.runs import plotting
@@ -31,6 +33,7 @@ from jaxprune.storage import (
     new_folder,
     read_json,
     remove_partial_folders,
+    replacing,
     work_folder,
     write_arrays,
     write_json,
@@ -158,7 +161,7 @@ def prune_checkpoint(
     warn: Callable[[str], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> PruneReport:
-    """Prune a checkpoint and write one that ``transformers`` opens, with masks and a report.
+    """Prune a checkpoint and write one that ``transformers`` opens, with card, masks and report.
 
     Nothing is printed. The folder ``out`` appears whole or not at all; until then the run keeps
     what it needs to go on in ``.NAME.work`` beside it.
@@ -313,7 +316,7 @@ def _write(
     texts: dict[str, Any],
     run: RunFolder,
 ) -> None:
-    """The new checkpoint with its report, masks and figure; it appears whole or not at all."""
+    """The new checkpoint with card, report, masks, figure; it appears whole or not at all."""
     metrics = pd.DataFrame(result.attention_error)
     report = {
         "configuration": configuration(request),
@@ -325,6 +328,16 @@ def _write(
         "seconds": result.seconds,
         "peak_device_memory": _peak_memory(),
     }
+    outcome = Outcome(
+        texts,
+        sum(int((~mask).sum()) for mask in masks.values()),
+        parameter_count(model.config),
+        result.achieved_sparsity,
+        result.attention_error,
+    )
+    card = model_card(
+        request.model, source, request.settings(), model.config, request.dtype, outcome
+    )
     title = f"{request.model}: {request.method} on {request.targets}, sparsity {request.sparsity}"
     with new_folder(result.out) as folder:
         write_weights(model, source, folder)
@@ -332,6 +345,8 @@ def _write(
         metrics.to_csv(folder / "metrics.csv", index=False)
         plotting.save(summary_figure(metrics, title), folder, "summary")
         write_json(folder / "pruning.json", report)
+        with replacing(folder / CARD_FILE) as partial:
+            partial.write_text(card, encoding="utf-8")
 
 
 def _peak_memory() -> int | None:

@@ -89,10 +89,11 @@ def units(settings: PruneSettings, config: LlamaConfig) -> int:
 def _block_units(settings: PruneSettings, config: LlamaConfig) -> int:
     if not (settings.refits or settings.gradual):
         return 1
-    return 1 + math.ceil(_descent_steps(settings, config) / Descent.chunk_size)
+    return 1 + math.ceil(descent_steps(settings, config) / Descent.chunk_size)
 
 
-def _descent_steps(settings: PruneSettings, config: LlamaConfig) -> int:
+def descent_steps(settings: PruneSettings, config: LlamaConfig) -> int:
+    """Steps of a descent in every block, where there is one."""
     chosen = (
         query_key_settings(settings, config)
         if settings.targets == "qk"

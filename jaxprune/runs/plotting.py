@@ -6,6 +6,7 @@ also has its own marker and dash, for print without colour.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,8 +59,9 @@ def style(method: str) -> Style:
     return Style(f"{method.replace('_', ' ')} on $W_Q$, $W_K$", color, marker, "--")
 
 
-# Figures go to files; no screen is needed or opened.
-mpl.use("Agg")
+# Figures go to files; no screen is needed or opened. A notebook shows what its cells return.
+if "inline" not in os.environ.get("MPLBACKEND", ""):
+    mpl.use("Agg")
 mpl.rcParams.update(
     {
         "figure.dpi": 120,
@@ -74,12 +76,17 @@ mpl.rcParams.update(
 )
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write ``name.png`` and ``name.svg``, each whole or not at all, and close the figure."""
+def save(figure: Figure, folder: Path, name: str) -> Figure:
+    """Write ``name.png`` and ``name.svg``, each whole or not at all, and close the figure.
+
+    Returns:
+      The figure, for a notebook to show.
+    """
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         with replacing(folder / f"{name}.{suffix}") as partial:
             figure.savefig(partial, format=suffix, metadata=metadata)
     plt.close(figure)
+    return figure
 
 
 def curves(

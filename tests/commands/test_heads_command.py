@@ -12,6 +12,7 @@ import reference
 from jaxprune.evaluation.comparison import METHODS, ON_PROJECTIONS
 from jaxprune.evaluation.heads import from_model, read_layer
 from jaxprune.runs.configuration import as_recorded
+from jaxprune.runs.flags import parse_flags
 
 COLUMNS = ["layer", "head", "method", "ratio"]
 COLUMNS += ["calibration_error", "heldout_error", "stored_weights", "lam"]
@@ -148,7 +149,48 @@ def test_figure_table_and_settings_are_there(finished):
 def test_a_run_of_version_0_1_goes_on_with_its_methods(heads):
     then = ("algorithm1", "wanda", "sparsegpt", "fused_magnitude", "ranking", "descent")
     assert as_recorded(heads.Config(), {"methods": list(then)}).methods == then
-    assert as_recorded(heads.Config(), {"methods": list(heads.SHOWN)}).methods == heads.SHOWN
+    assert as_recorded(heads.Config(), {"methods": None}).methods is None
+
+
+def of_shape(heads, layers, count, d, n):
+    """Layers of that many heads, of which only the sizes are known."""
+    return heads.Layers(tuple(range(layers)), count, d, 64, n, 1, iter, {})
+
+
+def test_algorithm_1_is_left_out_where_it_takes_hours_unless_asked_for(heads, capsys):
+    small, large = of_shape(heads, 6, 4, 128, 256), of_shape(heads, 16, 32, 2048, 256)
+    assert heads.with_methods(heads.Config(), small).chosen == heads.SHOWN
+    assert capsys.readouterr().err == ""
+    left = heads.with_methods(heads.Config(), large).chosen
+    assert left == tuple(method for method in heads.SHOWN if method != "algorithm1")
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "note: algorithm1 is left out, it would take about 96 hours on a CPU core; " in shown
+    asked = shown.split("; ")[1].split(" asks for it")[0].split()
+    config = parse_flags(heads.Config, asked, "heads")
+    assert heads.with_methods(config, large).chosen == heads.SHOWN
+    assert heads.with_methods(heads.Config(steps=1), large).chosen == left
+    assert heads.with_methods(heads.Config(steps=1), of_shape(heads, 1, 2, 2048, 256)).chosen == (
+        heads.SHOWN
+    )
+
+
+def test_the_hours_of_algorithm_1_are_those_measured(heads):
+    """Two layers of Llama-3.2-1B's shape with windows of 128 took 0.16 s an update and head."""
+    source, updates = of_shape(heads, 2, 32, 2048, 128), 20 * 60 + 3 * 300
+    hours = heads.hours_of_algorithm1(heads.Config(), source)
+    np.testing.assert_allclose(hours, 0.16 * updates * 64 / 3600, rtol=0.1)
+
+
+def test_the_model_is_zoo_unless_there_is_an_input(heads, layer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(heads, "from_model", lambda model, *_, **__: asked.append(model) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        heads.Config().source()
+    assert asked == ["zoo"]
+    config = heads.Config(data=heads.Data(input=layer()))
+    config.check()
+    assert config.source().heads == 4
 
 
 def test_the_summary_names_the_worst_head(finished):
@@ -269,7 +311,7 @@ def test_equal_storage_sets_equal_counts_side_by_side(heads):
     [(64, 8, 0.5, 0.875), (128, 32, 0.5, 0.75), (8, 8, 0.5, None), (8, 8, 0.7, 1 - 40 / 64)],
 )
 def test_the_ratio_of_equal_storage_stores_the_same(heads, d, k, ratio, expected):
-    source = heads.Layers((0,), 1, d, k, 1, iter, {})
+    source = heads.Layers((0,), 1, d, k, 1, 1, iter, {})
     assert source.matched_ratio(ratio) == expected
 
 
@@ -424,7 +466,6 @@ def test_on_real_attention_curvature_and_descent_beat_every_other_method(heads, 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "--model or --input"),
         (["--model", "zoo", "--layers", "6"], "--layers 6: the model has blocks 0 to 5"),
         (["--model", "zoo", "--example", "9", "0"], "--example 9 0"),
         (["--model", "zoo", "--calibration", "nothing.txt"], "nothing.txt: no such file"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
 from jaxprune.pipeline.settings import METHODS
@@ -93,6 +94,10 @@ def check_pruned(prune, model, text, tmp_path, method, sparsity, targets):
     assert (after["model.layers.0.self_attn.q_proj.weight"][~first] == 0).all()
     for name in ("tokenizer.json", "summary.png", "summary.svg", "metrics.csv"):
         assert (out / name).stat().st_size > 0
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers"
+    assert f"`{method}`: " in card.text
+    assert "achieved: 0.5000\n" in card.text
     assert [p.name for p in tmp_path.glob(".out*")] == []
 
 
@@ -171,10 +176,9 @@ def test_interrupted_anywhere_then_resumed_gives_the_same_bits(
         assert not (tmp_path / "parts").exists()
     left[0] = -1
     assert prune(arguments) == 0
-    whole, parts = (
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")
-    )
-    assert whole == parts
+    for file in ("model.safetensors", "README.md"):
+        whole, parts = ((tmp_path / name / file).read_bytes() for name in ("whole", "parts"))
+        assert whole == parts
     # Once more: there is nothing left to do.
     assert prune(arguments) == 0
 

@@ -9,7 +9,7 @@ from jaxprune.evaluation import heads as layers
 def test_as_many_heads_go_together_as_half_of_the_memory_holds(monkeypatch, gigabytes, expected):
     """At width 2048 a head takes 1.75 GB: 100 matrices of 16.8 MB, queries of 4096 tokens twice."""
     monkeypatch.setattr(layers, "available_memory", lambda: int(gigabytes * 1e9))
-    source = layers.Layers((0,), 32, 2048, 64, 4096, iter, {})
+    source = layers.Layers((0,), 32, 2048, 64, 128, 4096, iter, {})
     assert layers.fitting_heads(source, ratios=4) == expected
 
 

@@ -50,10 +50,10 @@ def required(text):
 
 def test_every_dependency_has_a_lower_bound_and_an_exact_version():
     project = PROJECT["project"]
-    # What tests install; other extras are for comparisons with other software.
+    # What the Makefile installs; other extras are for comparisons with other software.
     extras = project["optional-dependencies"]
     groups = [project["dependencies"], extras["hub"], extras["gguf"]]
-    groups.append(PROJECT["dependency-groups"]["dev"])
+    groups += PROJECT["dependency-groups"].values()
     wanted = [text for group in groups for text in group if not text.startswith("jaxprune")]
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pinned = {required(line) for line in lines if re.search(r"==\d", line)}

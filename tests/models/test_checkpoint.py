@@ -379,7 +379,7 @@ def test_names_that_are_no_checkpoint(tmp_path):
 
 def test_without_the_hub_client_a_hub_name_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"pip install 'jaxprune\[hub\]'"):
+    with pytest.raises(InputError, match=r"pip install 'jaxprune\[cli\]'"):
         llama.locate("nobody/nothing")
 
 

@@ -108,7 +108,7 @@ def test_a_window_is_that_of_the_layers_that_have_one(name, fields, window):
     assert config.sliding_window == window
     check_length(config, 16)
     if window:
-        with pytest.raises(InputError, match=r"sliding_window 16 .* --seqlen 16 or less"):
+        with pytest.raises(InputError, match=r"sliding_window 16 .* seqlen=16 or less"):
             check_length(config, 17)
 
 

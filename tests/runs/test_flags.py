@@ -1,6 +1,8 @@
 """Flags in groups; arguments of the library as flags."""
 
+import ast
 import io
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from jaxprune.errors import InputError
 from jaxprune.runs import flags
 from jaxprune.runs.flags import in_flags, parse_flags
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,22 @@ def test_help_in_an_ascii_locale(monkeypatch):
     assert b"the penalty ?" in raw.getvalue()
 
 
+SOURCES = [
+    *(Path(flags.__file__), *sorted((REPOSITORY / "jaxprune" / "commands").glob("*.py"))),
+    *(f for folder in ("experiments", "tools") for f in sorted((REPOSITORY / folder).glob("*.py"))),
+]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda file: file.name)
+def test_texts_of_flags_are_of_one_line(source):
+    """The help keeps the line breaks of a docstring where they are not those of the page."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ClassDef):
+            for field, text in itertools.pairwise(node.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    assert "\n" not in ast.literal_eval(text.value), ast.unparse(field)
+
+
 NAMES = ["seqlen", "out", "resume", "refit", "head_batch", "steps", "method", "batch", "model"]
 
 
@@ -114,6 +134,7 @@ NAMES = ["seqlen", "out", "resume", "refit", "head_batch", "steps", "method", "b
         ("the model has none", "the model has none"),
         ("modeling is hard", "modeling is hard"),
         ("runs/steps=3/x.json: damaged", "runs/steps=3/x.json: damaged"),
+        ("take seqlen=16 or less", "take --seqlen 16 or less"),
         ("needs `pip install x`", "needs `pip install x`"),
     ],
 )

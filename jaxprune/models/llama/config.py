@@ -132,7 +132,7 @@ def check_length(config: LlamaConfig, tokens: int) -> None:
     if config.sliding_window is not None and tokens > config.sliding_window:
         raise InputError(
             f"sliding_window {config.sliding_window} would hide tokens in windows of {tokens}, "
-            f"which is not implemented; take --seqlen {config.sliding_window} or less"
+            f"which is not implemented; take seqlen={config.sliding_window} or less"
         )
 
 

@@ -25,6 +25,9 @@ from jaxprune.storage import first_repeated, hashes, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Read, but not carried over: a new checkpoint has a card of its own.
+CARD_FILE = "README.md"
+LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 # Files besides the weights that make a checkpoint and are carried over to a new one.
 _CARRIED = (
@@ -38,9 +41,7 @@ _CARRIED = (
     "vocab.json",
     "merges.txt",
     "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *LICENCE_FILES,
 )
 
 
@@ -67,11 +68,16 @@ def locate(model: str | Path) -> Path:
         raise InputError(
             f"{model}: is not a file that holds a model; give a folder with config.json or a .gguf"
         )
-    if isinstance(model, str) and hub.is_repository(model):
-        return hub.fetch_model(model, [*_CARRIED, "*.safetensors"])
+    if isinstance(model, str) and hub_name(model) is not None:
+        return hub.fetch_model(model, [*_CARRIED, CARD_FILE, "*.safetensors"])
     raise InputError(
         f"{model}: no such folder; give zoo, a folder, a .gguf, or owner/name on the hub"
     )
+
+
+def hub_name(model: str) -> str | None:
+    """The repository on the hub that ``locate`` takes a name for; ``None`` for what is here."""
+    return model if hub.is_repository(model) and not Path(model).exists() else None
 
 
 class StoredTensor(NamedTuple):
