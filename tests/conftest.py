@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jaxtyping
+import matplotlib.figure
 import pytest
 import tokenizers
 
@@ -42,6 +43,32 @@ def forget_compiled_programs():
     """Each holds maps of memory, of which a process has 65,530; beyond, compiling crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sketches():
+    """Figures are drawn small and without their layout, which takes longer than most runs here.
+
+    `drawn` draws them as for a user.
+    """
+    savefig = matplotlib.figure.Figure.savefig
+
+    def sketch(figure, *arguments, **options):
+        figure.set_layout_engine("none")
+        savefig(figure, *arguments, **options, dpi=20)
+
+    matplotlib.figure.Figure.savefig = sketch
+    yield savefig
+    matplotlib.figure.Figure.savefig = savefig
+
+
+@pytest.fixture(scope="module")
+def drawn(sketches):
+    """Figures as for a user."""
+    sketch = matplotlib.figure.Figure.savefig
+    matplotlib.figure.Figure.savefig = sketches
+    yield
+    matplotlib.figure.Figure.savefig = sketch
 
 
 @pytest.fixture

@@ -21,14 +21,18 @@ ALLOCATIONS = ("matrix", "block", "model")
 class CurvatureSettings(NamedTuple):
     """How the curvature of the predictions is taken.
 
+    On four blocks of SmolLM2-135M at half the weights 48 windows of 512 tokens gave 9 % less
+    divergence than 16, in three times the time. Blocks of 512 outputs were as good as blocks of
+    768; decompositions of whole factors of 1536 would take most of the time.
+
     Attributes:
       windows: of calibration that it is taken from, at most.
       outputs: greatest width of a block of its factor ``B``: wider maps have several on the
         diagonal, with 1 it is a diagonal.
     """
 
-    windows: int = 16
-    outputs: int = 2048
+    windows: int = 32
+    outputs: int = 768
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,7 @@ def test_the_summary_names_the_worst_head(finished):
     np.testing.assert_allclose(row["heldout_worst"], worst["heldout_error"])
 
 
+@pytest.mark.slow
 def test_how_many_heads_go_together_does_not_matter(heads, finished, tmp_path):
     arguments = ["--input", str(finished / "layer.npz"), "--out", str(tmp_path / "run")]
     flags = [*FLAGS, "--methods", "wanda", "fused_magnitude", "--head-batch", "4"]
@@ -260,6 +261,7 @@ def text(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_layers_of_a_model_are_those_of_its_blocks(heads, checkpoint, text, tmp_path):
     """A file with one layer's arrays gives the same rows."""
     model = checkpoint("llama3")

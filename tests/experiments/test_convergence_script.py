@@ -16,7 +16,7 @@ def convergence(script):
 
 
 @pytest.fixture(scope="module")
-def toy(convergence, tmp_path_factory):
+def toy(convergence, drawn, tmp_path_factory):
     """A finished toy run: synthetic heads and a layer of the embedded model."""
     out = tmp_path_factory.mktemp("runs") / "toy"
     arguments = [*TOY, "--layers", "1", "--seqlen", "16", "--out", str(out)]

@@ -141,6 +141,7 @@ def test_an_interrupted_run_resumes_to_identical_metrics(
     assert (out / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_same_seeds_give_the_same_numbers_and_more_seeds_only_add(
     synthetic, finished, tmp_path
 ):

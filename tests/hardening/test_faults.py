@@ -283,8 +283,15 @@ def test_changed_inputs_are_not_mixed_into_a_run(heads, layer, tmp_path, capsys)
     assert results(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-@pytest.mark.parametrize("after", [0, 1, 2, 5])
+FAILING = [
+    pytest.param(code, after, marks=() if (code, after) in quick else pytest.mark.slow)
+    for quick in [{(errno.ENOSPC, 1), (errno.EROFS, 5)}]
+    for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+    for after in (0, 1, 2, 5)
+]
+
+
+@pytest.mark.parametrize(("code", "after"), FAILING)
 def test_a_disk_that_fails_is_one_line_and_the_run_continues(
     heads, layer, tmp_path, capsys, monkeypatch, code, after
 ):

@@ -34,7 +34,9 @@ def prune(request):
     return partial(prune_attention, **options)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "ratio", [0.3, *(pytest.param(r, marks=pytest.mark.slow) for r in (0.0, 1.0))]
+)
 def test_counts_are_exact_and_dropped_weights_are_zeros(key, prune, ratio):
     pruned = prune(*draw(key), ratio)
     assert pruned.weight.shape == pruned.keep_mask.shape == (8, 8)
@@ -64,12 +66,14 @@ def test_nothing_dropped_leaves_the_attention_alone(key, prune):
     np.testing.assert_allclose(prune(x, w, 0.0).calibration_error, 0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_one_sequence_is_a_batch_of_one(key, prune):
     x, w = draw(key, b=None, n=12)
     alone, batch = prune(x, w, 0.5), prune(x[None], w, 0.5)
     assert (alone.weight == batch.weight).all()
 
 
+@pytest.mark.slow
 def test_without_causal_mask_every_key_counts(key, prune):
     x, w = draw(key)
     pruned = prune(x, w, 0.5, causal=False)
@@ -82,6 +86,7 @@ def test_without_causal_mask_every_key_counts(key, prune):
         assert not jnp.allclose(pruned.weight, other.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("b", "n", "d"), [(None, 1, 1), (2, 1, 3), (1, 3, 1)])
 def test_the_smallest_shapes_work(key, prune, b, n, d):
     x, w = draw(key, b, n, d)
@@ -101,6 +106,7 @@ def test_bfloat16_activations_and_weights_give_a_float32_weight(key, prune):
     assert pruned.calibration_error < 1.5 * wide.calibration_error + 0.01
 
 
+@pytest.mark.slow
 def test_float64_stays_float64(key, x64, prune):
     assert prune(*draw(key, dtype=jnp.float64), 0.5).weight.dtype == jnp.float64
 
@@ -124,6 +130,7 @@ def test_heads_are_mapped_over(key, prune):
         np.testing.assert_allclose(mapped.weight[i], one.weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ratios_are_mapped_over(key, prune):
     x, w = draw(key)
     mapped = jax.vmap(lambda ratio: prune(x, w, Sparsity(ratio)))(jnp.array([0.25, 0.5]))
@@ -155,6 +162,7 @@ def test_paper_is_the_reference_for_a_given_penalty_and_step(key, x64):
     assert (pruned.lam, pruned.learning_rate) == (0.02, 0.5)
 
 
+@pytest.mark.slow
 def test_paper_chooses_the_best_of_its_grid_on_the_calibration_error(key):
     x, w = draw(key, b=None)
     chosen = prune_attention(x, w, 0.5, steps=STEPS)
@@ -294,6 +302,7 @@ def heldout_errors(x, fresh, wq, wk, **options):
     }
 
 
+@pytest.mark.slow
 def test_on_correlated_activations_descent_beats_every_other_method_on_fresh_ones(key):
     errors = heldout_errors(*correlated(key, 2.0), steps=150)
     descent, closed = errors.pop("descent"), errors.pop("gauss_newton")
@@ -301,6 +310,7 @@ def test_on_correlated_activations_descent_beats_every_other_method_on_fresh_one
     assert closed < 0.4 * min(errors.values()), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_on_isotropic_activations_descent_is_no_worse_than_where_it_starts(seed):
     errors = heldout_errors(*correlated(jax.random.key(seed), 0.0, sequences=1), steps=150)
@@ -405,6 +415,7 @@ def test_a_share_of_the_sequences_keeps_its_order(key):
     assert not (shuffle_tokens(key, batch, share=0.0)["x"] != position).any()
 
 
+@pytest.mark.slow
 def test_many_sequences_are_worth_more_steps_and_less_pull(key):
     w = draw(key)[1]
     few, many = (

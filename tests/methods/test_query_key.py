@@ -1,5 +1,7 @@
 """W_Q and W_K on the attention matrices of a layer: positions, grouped heads, exact counts."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,8 +74,15 @@ def test_without_positions_a_head_is_its_fused_matrix(key, x64):
         )
 
 
-@pytest.mark.parametrize("sparsity", ["0.3", "0.5", "2:4", "0", "1"])
-@pytest.mark.parametrize("refit", [True, False])
+# Others differ from one of these in numbers alone, and compile anew.
+QUICK = {("0.3", True), ("2:4", False)}
+CASES = [
+    pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow)
+    for each in itertools.product(["0.3", "0.5", "2:4", "0", "1"], [True, False])
+]
+
+
+@pytest.mark.parametrize(("sparsity", "refit"), CASES)
 def test_counts_are_exact_and_dropped_weights_are_zero(key, sparsity, refit):
     x, wq, wk = layer(key)
     found = prune_query_key(x, wq, wk, sparsity, rope=ROPE, steps=20, start="dense", refit=refit)
@@ -86,6 +95,7 @@ def test_counts_are_exact_and_dropped_weights_are_zero(key, sparsity, refit):
             assert (kept.reshape(D // 4, 4, -1).sum(1) == 2).all()
 
 
+@pytest.mark.slow
 def test_descent_beats_its_ranking_and_the_baselines_on_fresh_sequences(key):
     x, wq, wk = layer(key, 48)
     fresh, fit = x[:16], x[16:]
@@ -169,12 +179,20 @@ def test_the_output_counts_where_values_are_given(key, x64, unchecked):
         prune_query_key(x, wq, wk, "0.6", rope=ROPE, wv=wv, wo=wo[:2])
 
 
-def test_vmap_over_layers_equals_one_at_a_time(key):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "gauss_newton"},
+        pytest.param({"steps": 10, "start": "dense"}, marks=pytest.mark.slow),
+    ],
+    ids=["gauss_newton", "dense"],
+)
+def test_vmap_over_layers_equals_one_at_a_time(key, options):
     layers = [layer(k) for k in jax.random.split(key, 2)]
     x, wq, wk = (jnp.stack(a) for a in zip(*layers, strict=True))
 
     def one(x, wq, wk):
-        return prune_query_key(x, wq, wk, "0.5", rope=ROPE, steps=10, start="dense")
+        return prune_query_key(x, wq, wk, "0.5", rope=ROPE, **options)
 
     mapped = jax.vmap(one)(x, wq, wk)
     for i in range(2):

@@ -101,8 +101,8 @@ def test_they_are_what_the_curvature_is_taken_by(tmp_path, monkeypatch):
 
     monkeypatch.setattr("jaxprune.pipeline.model.prediction_curvature", take)
     for curvature, found in (
-        ({}, (4, 2048)),
-        ({"windows": 3}, (3, 2048)),
+        ({}, (4, 768)),
+        ({"windows": 3}, (3, 768)),
         ({"outputs": 64}, (4, 64)),
     ):
         with pytest.raises(TakenError) as taken:

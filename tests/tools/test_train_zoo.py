@@ -39,6 +39,7 @@ def test_texts_share_only_short_paragraphs(zoo):
         assert 900 <= len(texts[split]) < 2000
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_model(zoo, tmp_path, monkeypatch, capsys):
     assert zoo.main([*FLAGS, "--out", str(tmp_path / "whole")]) == 0
 
