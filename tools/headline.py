@@ -6,11 +6,13 @@ without the run.
 
 Example:
   python tools/headline.py --run runs/headline --write
-  python tools/headline.py --run docs/smollm2 --page docs/results.md --write
+  python tools/headline.py --run docs/smollm2 --page README.md --rows 'all-0.5-*' --brief --write
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +69,8 @@ class Config:
     """where metrics and settings are kept, named as the markers are; if left out, --run in docs"""
     rows: Several[str] = ()
     """rows of a run of real.py by name or pattern, such as 'all-0.5-*'; if left out, all"""
+    brief: Flag = False
+    """of a run of real.py: few columns, and one sentence on how it was measured"""
 
 
 def settings_of(run: Path, also: Mapping[str, type]) -> dict[str, Any]:
@@ -83,17 +87,18 @@ def settings_of(run: Path, also: Mapping[str, type]) -> dict[str, Any]:
     return settings
 
 
-def table_of(run: Path, patterns: Sequence[str] = ()) -> str:
+def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) -> str:
     """The table of a run of either script, by the columns of its metrics.
 
     Args:
       run: its folder.
       patterns: of the rows of a run of real.py.
+      brief: few columns and one sentence, of a run of real.py.
     """
     metrics = read_metrics(run)
     if "variant" in metrics:
-        if patterns:
-            raise InputError("rows: only of a run of real.py")
+        if patterns or brief:
+            raise InputError(f"{'rows' if patterns else 'brief'}: only of a run of real.py")
         COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
         return table(metrics, settings_of(run, {}))
     rows.COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
@@ -101,7 +106,20 @@ def table_of(run: Path, patterns: Sequence[str] = ()) -> str:
     names = list(dict.fromkeys(metrics["row"]))
     dense = metrics["method"] == rows.DENSE
     shown = metrics[metrics["row"].isin(rows.chosen(names, patterns)) | dense]
+    if brief:
+        return brief_table(shown, settings)
     return real_table(shown, settings, read_json(run / "environment.json"))
+
+
+def brief_table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
+    """The table of real.py, for the first page."""
+    text = config["text"] or config["calibration"]
+    several = f"; mean of {config['seeds']} seeds ± half their range" * (config["seeds"] > 1)
+    return (
+        f"{rows.table(metrics, rows.BRIEF)}\n\n"
+        f"`{config['model']}`, calibrated on {config['windows']} windows of {config['seqlen']} "
+        f"tokens of `{config['calibration']}`; perplexity on `{text}`{several}; two CPU cores."
+    )
 
 
 def real_table(metrics: pd.DataFrame, config: dict[str, Any], environment: dict[str, Any]) -> str:
@@ -181,25 +199,35 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
     )
 
 
-def markers(name: str) -> tuple[str, str]:
-    """Lines of a page that a table stands between."""
-    return f"<!-- {name}: written by tools/headline.py -->", f"<!-- end of {name} -->"
+def markers(name: str, options: str = "") -> tuple[str, str]:
+    """Lines of a page that a table stands between; the first says which rows it has."""
+    chosen = f" {options}" if options else ""
+    return f"<!-- {name}: written by tools/headline.py{chosen} -->", f"<!-- end of {name} -->"
 
 
-def replaced(readme: str, text: str, name: str, file: Path) -> str:
-    """The page ``readme``, of ``file``, with ``text`` between the markers ``name``."""
-    first, last = markers(name)
-    before, begin, rest = readme.partition(first)
-    _, end, after = rest.partition(last)
-    if not begin or not end or readme.count(first) + readme.count(last) > 2:
-        raise InputError(f"--page {file}: expected one line `{first}` and then one `{last}`")
-    return f"{before}{first}\n{text}\n{last}{after}"
+def options_of(patterns: Sequence[str], *, brief: bool) -> str:
+    """Flags that choose what a table shows."""
+    flags = ["--rows", *patterns] if patterns else []
+    return shlex.join(flags + ["--brief"] * brief)
+
+
+def replaced(page: str, text: str, name: str, file: Path, options: str = "") -> str:
+    """``page``, of ``file``, with ``text`` between the markers ``name``."""
+    first, last = markers(name, options)
+    begin = re.compile(rf"<!-- {re.escape(name)}: written by tools/headline\.py[^\n]* -->")
+    places = list(begin.finditer(page))
+    if len(places) != 1 or page.count(last) != 1 or page.index(last) < places[0].end():
+        raise InputError(
+            f"--page {file}: expected one line `{markers(name)[0]}` and then one `{last}`"
+        )
+    after = page[page.index(last) :]
+    return f"{page[: places[0].start()]}{first}\n{text}\n{after}"
 
 
 def body(config: Config) -> None:
     """Read, print, write."""
     with drawing_again(config.run):
-        text = table_of(config.run, config.rows)
+        text = table_of(config.run, config.rows, brief=config.brief)
     print(text)
     if not config.write:
         return
@@ -210,7 +238,8 @@ def body(config: Config) -> None:
         page = config.page.read_text(encoding="utf-8")
     except ValueError:
         raise InputError(f"--page {config.page}: not text in UTF-8") from None
-    page = replaced(page, text, saved.name, config.page)
+    options = options_of(config.rows, brief=config.brief)
+    page = replaced(page, text, saved.name, config.page, options)
     keep_record(config.run, saved, "saved")
     with replacing(config.page) as partial:
         partial.write_text(page, encoding="utf-8")

@@ -40,6 +40,9 @@ _SHOWN = {
     "seconds": "seconds",
     "peak_memory": "peak GiB",
 }
+BRIEF = ("perplexity", "gap", "divergence", "seconds")
+"""Columns of the table of a first page."""
+
 # Smallest gap that a logarithmic axis shows.
 _LEAST_GAP = 0.01
 
@@ -85,12 +88,13 @@ def with_gaps(metrics: pd.DataFrame) -> pd.DataFrame:
     return metrics.assign(gap=metrics["perplexity"] - dense.iloc[0])
 
 
-def table(metrics: pd.DataFrame) -> str:
+def table(metrics: pd.DataFrame, columns: Sequence[str] = tuple(_SHOWN)) -> str:
     """A Markdown table: the dense row, then groups of equal maps and sparsity, best in bold."""
+    shown_columns = {name: _SHOWN[name] for name in columns}
     metrics = with_gaps(metrics)
     dense = metrics[metrics["method"] == DENSE].iloc[0]
     first = {"pruned": "nothing", "method": DENSE, "budget": "", "retraining": ""}
-    lines = [first | dict.fromkeys(_SHOWN.values(), "")]
+    lines = [first | dict.fromkeys(shown_columns.values(), "")]
     lines[0][_SHOWN["perplexity"]] = f"{dense['perplexity']:.2f}"
     pruned = metrics[metrics["method"] != DENSE]
     for (targets, sparsity), group in pruned.groupby(["targets", "sparsity"], sort=False):
@@ -104,7 +108,7 @@ def table(metrics: pd.DataFrame) -> str:
                 "budget": one["allocate"],
                 "retraining": _retraining(one),
             }
-            for name, shown in _SHOWN.items():
+            for name, shown in shown_columns.items():
                 line[shown] = _cell(seeds, name, best.get(name))
             lines.append(line)
     return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)

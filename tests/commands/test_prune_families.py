@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
@@ -75,3 +76,19 @@ def test_windows_that_a_sliding_window_would_cut_are_refused(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "sliding_window 16 would hide tokens in windows of 32" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["qwen3_biases", "qwen2_yarn"])
+def test_with_norms_and_biases_the_closed_form_is_ahead_in_every_layer(
+    prune, checkpoint, text, tmp_path, case
+):
+    """On windows that no method saw, against methods that know the inputs alone."""
+    source, errors = checkpoint(case), {}
+    for method in ("gauss-newton", "wanda", "sparsegpt"):
+        more = ("--method", method, "--seqlen", 32, "--windows", 24)
+        assert prune(flags(source, text, tmp_path / method, *more)) == 0
+        metrics = pd.read_csv(tmp_path / method / "metrics.csv")
+        errors[method] = metrics.groupby("layer")["heldout_error"].mean()
+    for rival in ("wanda", "sparsegpt"):
+        assert (errors["gauss-newton"] < errors[rival]).all(), errors

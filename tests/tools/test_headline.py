@@ -1,9 +1,14 @@
 """The README's table from metrics."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pandas as pd
 import pytest
+
+from jaxprune.runs.flags import parse_flags
 
 
 @pytest.fixture
@@ -137,15 +142,28 @@ def test_files_that_cannot_be_copied_or_read_are_one_line(headline, run, tmp_pat
     assert not saved.exists()
 
 
-@pytest.mark.parametrize("name", ["headline", "stories260K"])
-def test_the_readme_has_the_tables_of_its_metrics(headline, name):
-    """What is printed is what the saved metrics say."""
-    root = headline.Path(__file__).parents[2]
-    page, saved = (root / "README.md").read_text(), root / "docs" / name
-    table = headline.table(
-        headline.read_metrics(saved, headline.COLUMNS), headline.read_json(saved / "config.json")
+ROOT = Path(__file__).parents[2]
+MARKER = r"<!-- ([\w.-]+): written by tools/headline\.py *(.*?) *-->"
+WRITTEN = [
+    pytest.param(page, *found, id=f"{page.name}-{found[0]}")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for found in re.findall(
+        r"<!-- ([\w.-]+): written by tools/headline\.py *(.*?) *-->", page.read_text()
     )
-    assert headline.replaced(page, table, name, root / "README.md") == page
+]
+
+
+@pytest.mark.parametrize(("page", "name", "options"), WRITTEN)
+def test_pages_have_the_tables_of_their_metrics(headline, page, name, options):
+    """What is printed is what the saved metrics say."""
+    chosen = parse_flags(headline.Config, shlex.split(options), "headline.py")
+    table = headline.table_of(ROOT / "docs" / name, chosen.rows, brief=chosen.brief)
+    text = page.read_text()
+    assert headline.replaced(text, table, name, page, options) == text
+
+
+def test_the_pages_with_tables_are_these():
+    assert {page.values[0].name for page in WRITTEN} == {"README.md", "results.md", "choosing.md"}
 
 
 @pytest.fixture
@@ -182,6 +200,18 @@ def test_a_run_of_real_is_printed_and_written_when_asked(headline, real_run, tmp
     assert headline.main(["--run", str(real_run), *more[:4], "--write"]) == 0
     assert "**1.00**" in page.read_text()
     assert {f.name for f in saved.iterdir()} == {"metrics.csv", "config.json", "environment.json"}
+
+
+def test_a_brief_table_has_few_columns_and_says_so_in_its_marker(headline, real_run, tmp_path):
+    page, saved = tmp_path / "results.md", tmp_path / "docs" / "smollm2"
+    page.write_text("{}\n{}\n".format(*headline.markers("smollm2", "--rows '*-x'")))
+    more = ["--page", str(page), "--saved", str(saved), "--rows", "*-wanda", "--brief", "--write"]
+    assert headline.main(["--run", str(real_run), *more]) == 0
+    written = page.read_text()
+    assert written.startswith("<!-- smollm2: written by tools/headline.py --rows '*-wanda' --brief")
+    heads = [cell.strip() for cell in written.splitlines()[1].split("|")[1:-1]]
+    assert heads[:4] == ["pruned", "method", "budget", "retraining"]
+    assert heads[4:] == ["perplexity", "above dense", "divergence (nats)", "seconds"]
 
 
 def test_rows_that_are_not_there_are_one_line(headline, real_run, run, capsys):
