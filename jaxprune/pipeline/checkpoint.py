@@ -114,7 +114,7 @@ class PruneReport:
       out: folder of the new checkpoint.
       achieved_sparsity: fraction of exact zeros in every pruned matrix, one number a block.
       attention_error: a row for every head of every block, ``calibration_error`` and
-        ``heldout_error`` relative to the dense attention.
+        ``heldout_error`` relative to the dense attention, each on as many windows as are held out.
       seconds: of the work of this call; ``None`` where the run had finished before.
     """
 
@@ -287,7 +287,8 @@ def _finished_before(out: Path, request: PruneRequest) -> bool:
 
 
 def _plan(settings: PruneSettings, config: llama.LlamaConfig, fit: Windows, fresh: Windows) -> str:
-    hidden = 4 * config.hidden_size * (2 * fit.tokens.size + fresh.tokens.size)
+    dense = fit.tokens.size if settings.needs_dense_stream else fresh.tokens.size
+    hidden = 4 * config.hidden_size * (dense + fit.tokens.size + fresh.tokens.size)
     line = (
         f"{settings.method} on {', '.join(settings.names)} of {config.num_hidden_layers} blocks; "
         f"besides the weights and one block's work, {hidden / 2**20:.0f} MiB of hidden states are "

@@ -150,7 +150,7 @@ def _prune_blocks(
 ) -> Iterator[PrunedBlock]:
     """``prune_model`` without distillation."""
     plan = _plan(model, tokens, settings, run, report)
-    streams = Streams.start(model, tokens, heldout)
+    streams = Streams.start(model, tokens, heldout, whole=settings.needs_dense_stream)
     each, before = _block_units(settings, model.config), int(settings.needs_curvature)
     for layer in range(model.config.num_hidden_layers):
         name = f"block-{layer}"
@@ -329,7 +329,7 @@ def _distill(
         solution = solve(problem, key, work)
         extra = {f"distillation_{name}": value for name, value in solution.remarks.items()}
         _set_stacks(model, solution.weights)
-        streams, rows = Streams.start(model, tokens, heldout), []
+        streams, rows = Streams.start(model, tokens, heldout, whole=False), []
         for layer, _, found in blocks:
             unpruned = jax.tree.map(lambda stack, layer=layer: stack[layer], dense)
             judged = _head_rows(layer, unpruned, model.block_weights(layer), streams, extra)
@@ -366,12 +366,15 @@ def _replaced(stack: Array, layer: Array | int, weight: Array) -> Array:
 def _head_rows(
     layer: int, dense: BlockWeights, pruned: BlockWeights, streams: Streams, extra: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Relative error of every head's attention, both on the dense model's activations."""
+    """Relative error of every head's attention on the dense model's activations.
+
+    Of the windows that were calibrated on, as many are taken as are held out.
+    """
     config = streams.config
     settings = query_key_settings(PruneSettings("descent", "qk", Sparsity(0.0)), config)
     form = attention_form(dense, config)
     columns = []
-    for hidden in (streams.dense, streams.heldout):
+    for hidden in streams.judged:
         x = streams.normed(hidden, dense)
         error, energy = head_errors(
             x, (pruned.wq, pruned.wk), x, (dense.wq, dense.wk), form, settings

@@ -99,6 +99,11 @@ class PruneSettings:
         return closed_form or self.allocate != "matrix"
 
     @property
+    def needs_dense_stream(self) -> bool:
+        """Whether what is done to a block depends on the dense model's activations there."""
+        return self.refits or self.gradual or not self.propagate
+
+    @property
     def first(self) -> str:
         """What finds the masks before kept weights adapt."""
         return "gauss-newton" if self.method == "descent" else self.method

@@ -19,7 +19,14 @@ from jaxprune.sharding import split_windows
 
 
 class Streams(NamedTuple):
-    """Hidden states before a block, of the dense model and of the one pruned so far."""
+    """Hidden states before a block, of the dense model and of the one pruned so far.
+
+    Attributes:
+      dense: of all windows where the method needs them, else of the first, to judge by.
+      pruned: of all windows.
+      heldout: of the dense model on windows that no method sees.
+      config: settings of the model.
+    """
 
     dense: Array
     pruned: Array
@@ -27,12 +34,27 @@ class Streams(NamedTuple):
     config: LlamaConfig
 
     @classmethod
-    def start(cls, model: Llama, tokens: np.ndarray, heldout: np.ndarray) -> Streams:
-        """Streams before the first block."""
+    def start(
+        cls, model: Llama, tokens: np.ndarray, heldout: np.ndarray, *, whole: bool = True
+    ) -> Streams:
+        """Streams before the first block.
+
+        Args:
+          model: embeds.
+          tokens: windows to calibrate on.
+          heldout: windows to judge by.
+          whole: whether the dense stream is needed on more windows than it is judged by.
+        """
         hidden, fresh = (
             split_windows(model.embed(jnp.asarray(windows))) for windows in (tokens, heldout)
         )
-        return cls(hidden, hidden, fresh, model.config)
+        judged = split_windows(hidden[: len(heldout)])
+        return cls(hidden if whole else judged, hidden, fresh, model.config)
+
+    @property
+    def judged(self) -> tuple[Array, Array]:
+        """Of the dense model: the first windows, as many as are held out, and those held out."""
+        return split_windows(self.dense[: self.heldout.shape[0]]), self.heldout
 
     def after(self, dense: BlockWeights, pruned: BlockWeights | None, batch: int) -> Streams:
         """Streams after a block; without ``pruned``, that stream is not advanced."""

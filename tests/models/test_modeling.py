@@ -144,6 +144,27 @@ def test_blocks_of_rows_and_of_heads_compute_the_same(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("entries", [2**18, 24 * 7])
+def test_segments_of_a_sequence_compute_the_same(monkeypatch, entries):
+    """24 tokens in segments of 4 or 5: what every token sees, and gradients."""
+    model = random_llama(SMALL)
+
+    def logits_and_gradient(embedded):
+        hidden, pull = jax.vjp(
+            lambda x: run_blocks(model.blocks.get_value(), x, SMALL)[0], embedded
+        )
+        return hidden, pull(jnp.cos(hidden))[0]
+
+    embedded = model.embed(jnp.asarray(TOKENS))
+    whole = jax.jit(logits_and_gradient)(embedded)
+    monkeypatch.setattr("jaxprune.models.llama.modeling.BLOCK_ENTRIES", entries)
+    monkeypatch.setattr("jaxprune.models.llama.modeling._SEGMENTED", 5)
+    monkeypatch.setattr("jaxprune.models.llama.modeling._SEGMENTS", 5)
+    jax.clear_caches()
+    for found, expected in zip(jax.jit(logits_and_gradient)(embedded), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-4)
+
+
 def test_bfloat16_is_near_float32():
     exact = logits_of(random_llama(SMALL), TOKENS)
     rounded = random_llama(SMALL, jnp.bfloat16)
