@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Tests mostly compile, which one process does on one core.
-PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=worksteal
+# Tests mostly compile, which one process does on one core; those of a file share programs.
+PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=loadfile
 # A package with __all__ shows its modules in the API reference only if they are named.
 MODULES = $(sort $(subst /,.,$(patsubst %/__init__,%,$(basename $(shell find jaxprune -name '*.py')))))
 
@@ -62,7 +62,7 @@ test: $(READY) ## the tests of a few minutes
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
 
 test-slow: $(READY) ## the others: kills by signal, memory limits, long fuzzing, whole runs
-	$(BIN)/python -m pytest -q $(PARALLEL) -m slow
+	$(BIN)/python -m pytest -q $(PARALLEL) --dist=worksteal -m slow
 
 mutants: $(READY) ## changes to the source that tests must notice (minutes)
 	$(BIN)/python tests/mutants.py

@@ -43,6 +43,13 @@ _ALL_HEADS = (
 _CONVERGENCE = "python experiments/convergence.py --out runs/convergence"
 _TUTORIAL = "python docs/tutorial.py"
 ENTRIES = {
+    "cost": Entry(
+        "smollm2/figures/cost.png",
+        "make real",
+        "Quality against time on a real model",
+        "Perplexity of SmolLM2-135M above the dense model's against seconds of pruning, a panel "
+        "for each set of maps and sparsity, a marker for each method.",
+    ),
     "attention": Entry(
         "llama_heads/figures/figure1.png",
         _HEADS,

@@ -29,6 +29,7 @@ def metrics_of(folder, kind):
     return metrics[metrics["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_run_leaves_metrics_tables_and_figures(toy):
     for name in ("curves", "envelope", "bound", "dependence"):
         for suffix in ("png", "svg"):
@@ -40,6 +41,7 @@ def test_run_leaves_metrics_tables_and_figures(toy):
     assert json.loads((toy / "config.json").read_text())["step"] == "curvature"
 
 
+@pytest.mark.slow
 def test_rows_obey_the_theorem(toy):
     rows = metrics_of(toy, "accuracy")
     reached = rows[np.isfinite(rows["used"])]
@@ -55,6 +57,7 @@ def test_rows_obey_the_theorem(toy):
     assert (rows["curvature_start"] <= rows["certified_lipschitz"]).all()
 
 
+@pytest.mark.slow
 def test_steps_descend(toy):
     steps = metrics_of(toy, "step")
     for _, run in steps.groupby(["setting", "n", "head"]):
@@ -62,6 +65,7 @@ def test_steps_descend(toy):
     assert steps["t"].max() == 119
 
 
+@pytest.mark.slow
 def test_interrupted_run_continues_and_redraws(convergence, toy, capsys):
     before = (toy / "metrics.csv").read_bytes()
     next((toy / "parts").glob("synthetic*n16*.json")).unlink()

@@ -22,6 +22,7 @@ def test_small_errors_are_the_second_order_form(quadratic, key):
     np.testing.assert_allclose(doubled[1:], [4 * second, 4 * kronecker], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_small_run_has_a_row_for_every_method_ratio_and_seed(quadratic, tmp_path):
     flags = ["--ratios", "0.3", "0.5", "--d", "6", "--k", "3", "--n", "8", "--sequences", "3"]
     assert quadratic.main([*flags, "--seeds", "2", "--out", str(tmp_path / "run")]) == 0

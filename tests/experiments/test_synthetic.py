@@ -284,6 +284,7 @@ def test_a_folder_that_cannot_be_written_is_named(synthetic, capsys, tmp_path, b
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+@pytest.mark.slow
 def test_another_run_is_neither_overwritten_nor_continued(synthetic, finished, capsys):
     before = {f: f.stat().st_mtime_ns for f in finished.rglob("*") if f.name != ".lock"}
     arguments = [*SOFT, "--out", str(finished)]

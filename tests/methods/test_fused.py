@@ -111,6 +111,7 @@ def test_float64_stays_float64(key, x64, prune):
     assert prune(*draw(key, dtype=jnp.float64), 0.5).weight.dtype == jnp.float64
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_weight_and_another_one_another(key):
     x, w = draw(key)
     prune = partial(prune_attention, x, w, 0.5, preset="descent", steps=60, lam=0.0)
@@ -243,6 +244,7 @@ def test_the_closed_form_changes_weights_and_lists_what_was_compared(key):
     np.testing.assert_allclose(pruned.initial_error, ranking, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_on_few_isotropic_tokens_the_closed_form_notices_and_stays_with_the_ranking():
     """Never above fused magnitude by more than a standard error of the draws."""
     draws = [correlated(jax.random.key(s), 0.0, sequences=1, std=8.0) for s in range(20, 24)]
@@ -258,6 +260,7 @@ def test_on_few_isotropic_tokens_the_closed_form_notices_and_stays_with_the_rank
     assert (closed.weight == jnp.where(closed.keep_mask, w, 0)).all()
 
 
+@pytest.mark.slow
 def test_a_descent_starts_from_the_validated_closed_form(key):
     x, _, wq, wk = correlated(key, 2.0)
     w = wq @ wk.T
