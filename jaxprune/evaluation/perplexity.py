@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from jaxprune.errors import InputError
 from jaxprune.models.llama.losses import (
-    head_divergences,
-    head_losses,
+    head_judgements,
     window_divergences,
     window_losses,
 )
@@ -136,8 +135,7 @@ def _states(model: Llama, tokens: Tokens) -> Float[Array, "b n d"]:
 @jax.jit
 def _judged(model: Llama, tokens: Tokens, expected: Float[Array, "b n d"]) -> Float[Array, "2 b"]:
     hidden = model.hidden_states(tokens)
-    divergences = head_divergences(model, model, hidden, expected.astype(hidden.dtype))
-    return jnp.stack([head_losses(model, hidden, tokens), divergences])
+    return jnp.stack(head_judgements(model, hidden, expected.astype(hidden.dtype), tokens))
 
 
 def check_batch(batch: int) -> None:
