@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models.llama.modeling import Llama, Tokens
 
-
 # Positions whose logits are held at once. Those of a large vocabulary stay in a CPU's cache: half
 # of the time that whole windows of 1024 tokens took on SmolLM2-135M.
 _POSITIONS = 128
