@@ -33,7 +33,7 @@ def head_losses(model: Llama, hidden: Float[Array, "b n d"], tokens: Tokens) -> 
         hidden, following = position
         return _loss(_logits(model, hidden), following)
 
-    losses = _over_positions(one, (hidden, jnp.roll(tokens, -1, axis=1)))
+    losses = over_positions(one, (hidden, jnp.roll(tokens, -1, axis=1)))
     return jnp.mean(losses[:, :-1], axis=1)
 
 
@@ -59,7 +59,7 @@ def head_divergences(
     def one(position: tuple[Array, Array]) -> Array:
         return _divergence(_logits(model, position[0]), _logits(reference, position[1]))
 
-    return jnp.mean(_over_positions(one, (hidden, expected)), axis=1)
+    return jnp.mean(over_positions(one, (hidden, expected)), axis=1)
 
 
 def head_judgements(
@@ -73,7 +73,7 @@ def head_judgements(
         return _loss(logits, following), _divergence(logits, _logits(model, expected))
 
     arrays = (hidden, expected, jnp.roll(tokens, -1, axis=1))
-    losses, divergences = _over_positions(one, arrays)
+    losses, divergences = over_positions(one, arrays)
     return jnp.mean(losses[:, :-1], axis=1), jnp.mean(divergences, axis=1)
 
 
@@ -91,9 +91,17 @@ def _divergence(found: Float[Array, " v"], expected: Float[Array, " v"]) -> Floa
     return jnp.sum(probability * (expected - found)) + normalisers[0] - normalisers[1]
 
 
-def _over_positions(measure: Callable[[Any], Any], arrays: tuple[Array, ...]) -> Any:
-    """``measure`` of every position of every window, a few at a time: arrays ``[b, n, …]``."""
+def over_positions(measure: Callable[[Any], Any], arrays: tuple[Array, ...]) -> Any:
+    """``measure`` of every position of every window, a few at a time.
+
+    Args:
+      measure: from entries of ``arrays`` to a value, or a tree of values, of any shape.
+      arrays: ``[b, n, …]``.
+
+    Returns:
+      What ``measure`` gives, ``[b, n, …]``.
+    """
     b, n = arrays[0].shape[:2]
     flat = [array.reshape(b * n, *array.shape[2:]) for array in arrays]
     measured = lax.map(measure, tuple(flat), batch_size=min(_POSITIONS, b * n))
-    return jax.tree.map(lambda values: values.reshape(b, n), measured)
+    return jax.tree.map(lambda values: values.reshape(b, n, *values.shape[1:]), measured)
