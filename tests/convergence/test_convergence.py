@@ -464,7 +464,8 @@ class TestStepSizes:
         plain = mask_descent(x, w, optax.sgd(0.1))
         watched = mask_descent(x, w, optax.chain(record_curvature(20, 4), optax.sgd(0.1)))
         np.testing.assert_array_equal(plain.weights, watched.weights)
-        np.testing.assert_array_equal(plain.trace.loss, watched.trace.loss)
+        # Of two programs, which round sums in orders of their own.
+        np.testing.assert_allclose(plain.trace.loss, watched.trace.loss, rtol=1e-6)
         values = watched.state.optimizer_state[0].value
         assert jnp.isfinite(values[:3]).all()
         assert jnp.isnan(values[3])  # a checkpoint after the last step
