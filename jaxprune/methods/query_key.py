@@ -7,7 +7,7 @@ feels every query head it serves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from jaxprune.attention import (
     contract,
     row_errors,
 )
+from jaxprune.convergence.theorem import per_step
 from jaxprune.descent.gradual import gradual_descent, refit_descent, split_sequences
 from jaxprune.descent.loop import Descent, Trace, descend
 from jaxprune.descent.relaxations import cubic_sparsity, straight_through
@@ -66,6 +67,7 @@ class QueryKeySettings(NamedTuple):
       tightened: part of the steps after which the mask has its final size.
       columns_compete: weights of a whole matrix compete; else every output column keeps as many,
         ranked by Wanda's score.
+      monitor: a descent records in its trace what ``jaxprune.convergence.report`` needs.
     """
 
     heads: int
@@ -82,6 +84,7 @@ class QueryKeySettings(NamedTuple):
     moment_sequences: int = 64
     tightened: float = 0.4
     columns_compete: bool = True
+    monitor: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -131,6 +134,7 @@ def prune_query_key(
     key_norm: Float[Array, " k"] | None = None,
     norm_eps: float = 1e-6,
     key: Key[Array, ""] | None = None,
+    monitor: bool = False,
 ) -> PrunedQueryKey:
     """Prune ``W_Q`` and ``W_K`` of a layer so that its attention matrices are kept.
 
@@ -165,6 +169,8 @@ def prune_query_key(
       key_norm: scale of that over every key head.
       norm_eps: added to the mean square in these norms.
       key: randomness of the batches; ``jax.random.key(0)`` if ``None``.
+      monitor: record in the trace of ``descent`` what ``jaxprune.convergence.report`` needs. Adam
+        is no gradient descent, whose descent lemma the report checks: it says so.
 
     Raises:
       InputError: shapes, sparsity, preset or values are wrong.
@@ -197,6 +203,7 @@ def prune_query_key(
         scale=wq.shape[2] ** -0.5 if scale is None else scale,
         sparsity=sparsity,
         refit=refit,
+        monitor=monitor,
     )
     if steps is None:
         steps = GRADUAL_STEPS if start == "dense" else settings.steps
@@ -600,7 +607,7 @@ def query_key_descent(
 
     steps, group = settings.steps, _group(settings)
     if settings.refit:
-        return gradual_descent(
+        descent = gradual_descent(
             objective,
             weights,
             settings.sparsity,
@@ -613,8 +620,9 @@ def query_key_descent(
             tightened=settings.tightened,
             sample_errors=sample_errors,
         )
+        return _monitored(descent, settings)
     decay = optax.cosine_decay_schedule(settings.mask_learning_rate, max(steps, 1))
-    return Descent(
+    descent = Descent(
         objective=objective,
         relaxation=straight_through(
             settings.sparsity, rank=rank, schedule=cubic_sparsity(max(steps, 1)), group=group
@@ -625,6 +633,11 @@ def query_key_descent(
         batch_size=settings.batch_size,
         sample_errors=sample_errors,
     )
+    return _monitored(descent, settings)
+
+
+def _monitored(descent: Descent, settings: QueryKeySettings) -> Descent:
+    return replace(descent, monitor=per_step if settings.monitor else None)
 
 
 def query_key_refit(
@@ -637,7 +650,7 @@ def query_key_refit(
       context: with ``keep_masks``.
       settings: static choices.
     """
-    return refit_descent(
+    descent = refit_descent(
         partial(_sample_errors, context, settings),
         weights,
         context.keep_masks,
@@ -645,6 +658,7 @@ def query_key_refit(
         learning_rate=settings.refit_learning_rate,
         batch_size=settings.batch_size,
     )
+    return _monitored(descent, settings)
 
 
 @partial(jax.jit, static_argnames="settings")

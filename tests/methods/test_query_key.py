@@ -1,13 +1,14 @@
 """W_Q and W_K on the attention matrices of a layer: positions, grouped heads, exact counts."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune import attention_matrix
+from jaxprune import attention_matrix, convergence
 from jaxprune.attention import AttentionForm
 from jaxprune.baselines import BASELINES, magnitude, wanda
 from jaxprune.errors import InputError
@@ -281,3 +282,15 @@ def test_unknown_presets_and_starts_are_refused(closed, change, message):
     x, wq, wk, _ = closed
     with pytest.raises(InputError, match=message):
         prune_query_key(x, wq, wk, "0.5", rope=ROPE, **change)
+
+
+def test_a_monitored_descent_is_reported_on_and_ends_where_it_would(key):
+    x, wq, wk = layer(key, 8)
+    prune = partial(prune_query_key, x, wq, wk, "0.5", rope=ROPE, steps=4)
+    plain, watched = prune(), prune(monitor=True)
+    assert plain.trace.monitored is None
+    np.testing.assert_allclose(watched.wq, plain.wq, rtol=1e-4, atol=1e-6)
+    found = convergence.report(watched.trace)
+    assert found.steps == 4
+    assert not found.gradient_descent  # but Adam
+    assert not found.applicable
