@@ -116,6 +116,11 @@ class PruneSettings:
             raise InputError(f"targets {self.targets}: expected one of {', '.join(TARGETS)}")
         if self.start not in STARTS:
             raise InputError(f"start {self.start}: expected one of {', '.join(STARTS)}")
+        if not 0 <= self.lowest <= self.highest <= 1:
+            raise InputError(
+                f"lowest {self.lowest:g}, highest {self.highest:g}: expected "
+                "0 <= lowest <= highest <= 1"
+            )
         self._check_allocation()
         if self.refit is False and (self.method, self.targets) != ("descent", "qk"):
             raise InputError("refit=False: only with method=descent and targets=qk")
@@ -151,7 +156,7 @@ class PruneSettings:
             )
         if self.gradual:
             raise InputError(f"allocate {self.allocate}: not with start dense; use gauss-newton")
-        if not 0 <= self.lowest <= float(self.sparsity.ratio) <= self.highest <= 1:
+        if not self.lowest <= float(self.sparsity.ratio) <= self.highest:
             raise InputError(
                 f"lowest {self.lowest:g}, highest {self.highest:g}: expected 0 <= lowest <= "
                 f"sparsity {self.sparsity} <= highest <= 1"
