@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from hostile import JUNK, cases, one_line
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxprune.errors import InputError
@@ -330,6 +330,11 @@ def content_of(name):
     name=st.sampled_from(list(FAMILIES)),
     changes=st.lists(CHANGE, min_size=1, max_size=3),
     scaling=st.none() | SCALING,
+)
+@example(
+    name="llama",
+    changes=[("rope_theta", 1e-29)],
+    scaling={"rope_type": "linear", "factor": 1e-29},
 )
 def test_settings_of_a_family(name, changes, scaling):
     """What is accepted has finite frequencies, and is what a file written of it says."""
