@@ -134,8 +134,10 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
         raise InputError(f"{name} {value!r:.80}: expected {named}")
     if isinstance(value, numbers.Integral) and abs(int(value)) >= 2**31:
         raise InputError(f"{name} {value!r:.80}: expected a number below 2^31")
-    if isinstance(value, str | Path) and not is_name(str(value)):
-        raise InputError(f"{name} {value!r:.80}: expected characters of Unicode, none of them null")
+    if isinstance(value, str | Path) and not (str(value) and is_name(str(value))):
+        raise InputError(
+            f"{name} {value!r:.80}: expected one or more characters of Unicode, none of them null"
+        )
 
 
 def modernised(record: Mapping[str, Any]) -> dict[str, Any]:
