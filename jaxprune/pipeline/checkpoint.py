@@ -23,7 +23,7 @@ from jaxprune.models.llama.files import CARD_FILE, check_outside, checkpoint_has
 from jaxprune.models.llama.modeling import parameter_count
 from jaxprune.pipeline.card import Outcome, model_card
 from jaxprune.pipeline.model import Progress, distillation_steps, prune_model, units
-from jaxprune.pipeline.settings import TARGETS, PruneSettings
+from jaxprune.pipeline.settings import TARGETS, PruneSettings, shown
 from jaxprune.runs import plotting
 from jaxprune.runs.configuration import configuration, differing
 from jaxprune.runs.folder import RunFolder, recorded_configuration
@@ -86,7 +86,7 @@ class PruneRequest:
         self.settings().check_names()
         check_sizes(self.windows, self.seqlen)
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype {self.dtype}: expected {' or '.join(DTYPES)}")
+            raise InputError(f"dtype {shown(self.dtype)}: expected {' or '.join(DTYPES)}")
         if self.heldout is not None and self.heldout < 1:
             raise InputError(f"heldout {self.heldout}: expected 1 or more")
 

@@ -299,7 +299,7 @@ def fraction(v):
 # What an argument may be, besides None where it is in OPTIONAL.
 ARGUMENTS = {
     "model": text,
-    "out": text,
+    "out": lambda v: text(v) and len(str(v).encode()) < 256,
     "calibration": lambda v: isinstance(v, str) and text(v),
     "windows": whole(1),
     "seqlen": whole(2),
@@ -342,6 +342,8 @@ OBJECTS = st.sampled_from(
 @example(name="targets", value=["qk"])
 @example(name="refit", value="yes")
 @example(name="seed", value=2**70)
+@example(name="method", value="a\nb")
+@example(name="mesh", value="a\nb")
 def test_arguments_of_prune_checkpoint(unchecked, reached, name, value):
     """Wrong types and values are named before the model is looked for."""
     fine = (value is None and name in OPTIONAL) or (
