@@ -10,6 +10,7 @@ are too many for that.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,8 @@ def saliency_counts(saliency: Float[np.ndarray, "d_in d_out"]) -> Int[np.ndarray
     Raises:
       InputError: negative or not finite.
     """
-    values = np.ascontiguousarray(saliency, np.float32).reshape(-1)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+        values = np.ascontiguousarray(saliency, np.float32).reshape(-1)
     if not (values.size and np.isfinite(values).all() and values.min() >= 0):
         raise InputError("saliency: expected finite numbers, 0 or more")
     values = values + np.float32(0)  # minus zero is zero
@@ -65,6 +67,12 @@ def allocate(
         raise InputError(
             f"lowest {lowest:g}, highest {highest:g}: expected 0 <= lowest <= highest <= 1"
         )
+    if len({len(count) for count in counts}) != 1 or any((count < 0).any() for count in counts):
+        raise InputError("counts: expected those of one or more matrices, by `saliency_counts`")
+    try:
+        drop = operator.index(drop)
+    except TypeError:
+        raise InputError(f"drop {drop!r:.40}: expected a whole number") from None
     table = np.stack([np.asarray(count, np.int64) for count in counts])
     sizes = table.sum(axis=1)
     least = np.ceil(sizes * lowest - 1e-9 * sizes).astype(np.int64)

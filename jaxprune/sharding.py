@@ -245,7 +245,9 @@ def _mesh_axes(shape: str) -> tuple[int, int]:
     match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", shape)
     along = (int(match[1]), int(match[2])) if match else (0, 0)
     if math.prod(along) == 0:
-        raise InputError(f"mesh {shape}: expected SxH, such as 1x8")
+        raise InputError(
+            f"mesh {shape if shape.isprintable() else repr(shape)}: expected SxH, such as 1x8"
+        )
     if math.prod(along) != jax.device_count():
         raise InputError(
             f"mesh {shape}: expected SxH whose product is the number of devices, "

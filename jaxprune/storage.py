@@ -41,6 +41,15 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a file, and be written into one.
+
+    Null characters are in no name. Bytes of an argument that are not UTF-8 become surrogates,
+    which cannot be written into cards and figures.
+    """
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON, whole or not at all."""
     with replacing(path) as partial:

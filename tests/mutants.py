@@ -148,6 +148,13 @@ MUTANTS = [
         "residual = jnp.where(kept, product(target - first), 0)",
         "residual = product(target - first)",
     ),
+    Mutant("gauss_newton/admm.py", "loss * unit * unit", "loss"),
+    Mutant("gauss_newton/admm.py", "rescaled, weight) * weight_unit", "rescaled, weight)"),
+    Mutant(
+        "gauss_newton/residuals.py",
+        "jnp.arange(start, stop), stop)",
+        "jnp.arange(stop - start), stop)",
+    ),
     Mutant("allocation.py", "missing = drop - int(here.sum())", "missing = 0"),
     Mutant("allocation.py", "np.clip(below, least[:, None], most[:, None])", "below"),
 ]

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from jaxprune import hub
 from jaxprune.errors import InputError
 from jaxprune.pipeline import METHODS, Progress, prune_checkpoint
-from jaxprune.pipeline.checkpoint import modernised
+from jaxprune.pipeline.checkpoint import PruneRequest, modernised
 from jaxprune.runs import flags
-from jaxprune.runs.configuration import flat
+from jaxprune.runs.configuration import defaults, flat
 from jaxprune.runs.script import notice, run_script
 from jaxprune.sharding import check_mesh, connect, is_writer, on_process_zero
 from jaxprune.storage import work_folder
@@ -145,16 +145,21 @@ class Config:
         if self.run.resume or self.run.repeat is not None:
             return
         descends = self.method == "descent" or self.refit
+        shared, standing = self.allocate != "matrix", defaults(Config)
+        # By name: where it has no effect, and whether that is here.
         used = {
-            "steps": descends or self.steps is None,
-            "no_propagate": self.propagate or (self.targets == "qk" and self.uses_attention),
-            "start": self.method == "descent" or self.start == "gauss-newton",
+            "steps": (f"on {self.method}", descends or self.steps is None),
+            "no_propagate": (
+                f"on {self.method}",
+                self.propagate or (self.targets == "qk" and self.uses_attention),
+            ),
+            "start": (f"on {self.method}", self.method == "descent" or self.start != "dense"),
+            "lowest": ("with --allocate matrix", shared or self.lowest == standing["lowest"]),
+            "highest": ("with --allocate matrix", shared or self.highest == standing["highest"]),
         }
-        for name, fine in used.items():
+        for name, (where, fine) in used.items():
             if not fine:
-                raise InputError(
-                    f"{flags.flag_of(name)}: has no effect on {self.method}; leave it out"
-                )
+                raise InputError(f"{flags.flag_of(name)}: has no effect {where}; leave it out")
 
     @property
     def uses_attention(self) -> bool:
@@ -171,7 +176,11 @@ class Config:
         named = flat(self)
         for name in (*_NOT_OF_THE_LIBRARY, "no_refit"):
             del named[name]
-        return named | {"refit": True if self.refit else False if self.no_refit else None}
+        named |= {"refit": True if self.refit else False if self.no_refit else None}
+        # Before other processes are waited for, and the hub is asked.
+        recorded = {field.name for field in dataclasses.fields(PruneRequest)}
+        PruneRequest(**{n: value for n, value in named.items() if n in recorded}).check()
+        return named
 
 
 def body(config: Config) -> None:

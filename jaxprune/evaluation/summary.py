@@ -31,6 +31,6 @@ def summary_figure(metrics: pd.DataFrame, title: str) -> plt.Figure:
     axes[2].set_ylabel("relative error, mean over heads")
     axes[2].set_ylim(bottom=0)
     axes[2].legend(frameon=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.tight_layout()
     return figure

@@ -87,7 +87,11 @@ def factorise(f: Float[Array, "*p d d"], damping: float | Array = 0.01) -> Facto
 
     Returns:
       The factor; share it between all matrices that have it.
+
+    Raises:
+      InputError: ``f`` is not finite, or ``damping`` no fraction.
     """
+    check_finite(f=f)
     if not isinstance(damping, jax.core.Tracer) and not 0 <= float(damping) < float("inf"):
         raise InputError(f"damping {damping}: expected a fraction of the diagonal, 0 or more")
     return _factorise(f, jnp.asarray(damping, accumulation_dtype(f)))
@@ -204,7 +208,7 @@ def kronecker_admm(
     is that of a seventeenth of its entries. Counts are exact.
     """
     sparsity = Sparsity.parse(sparsity)
-    _check(w, a, b, c, sparsity, iterations, refinements, group)
+    _check(w, a, b, c, sparsity, iterations, refinements, group, block_size)
     a = a if isinstance(a, Factor) else factorise(a, damping)
     diagonal, factor = None, None
     if isinstance(b, Factor):
@@ -237,9 +241,10 @@ def _check(
     iterations: int,
     refinements: int,
     group: Group,
+    block_size: int,
 ) -> None:
-    if w.ndim != 2:
-        raise InputError(f"w of shape {w.shape}: expected [d_in, d_out]; vmap for more")
+    if w.ndim != 2 or not w.size:
+        raise InputError(f"w of shape {w.shape}: expected [d_in, d_out], not empty; vmap for more")
     d_in, d_out = w.shape
     shape_a = (a.matrix if isinstance(a, Factor) else a).shape
     if shape_a != (d_in, d_in) or (c is not None and c.shape != (d_in, d_in)):
@@ -261,6 +266,8 @@ def _check(
         )
     if group not in get_args(Group):
         raise InputError(f"group {group!r}: expected one of {', '.join(get_args(Group))}")
+    if block_size < 1:
+        raise InputError(f"block_size {block_size}: expected a number of inputs, 1 or more")
     sparsity.check_divides(d_in)
     arrays = {"a": a, "b": b, "c": c}
     check_finite(w=w, **{n: m for n, m in arrays.items() if not isinstance(m, Factor)})
@@ -353,10 +360,14 @@ def _admm(
         output_scale = jnp.sqrt(jnp.maximum(diagonal, 0).astype(kind))
     else:
         output_scale = jnp.ones(w.shape[1], kind)
-    scale = a.scale[:, None] * output_scale
     live = a.scale[:, None] > 0
-    weight = jnp.where(live, w.astype(kind), 0)
+    # Squares of what has any unit, and products of them, stay within the type.
+    input_scale, input_unit = _in_units(a.scale.astype(kind))
+    output_scale, output_unit = _in_units(output_scale)
+    weight, weight_unit = _in_units(jnp.where(live, w.astype(kind), 0))
+    scale = input_scale[:, None] * output_scale
     scaled = weight * scale
+    unit = weight_unit * input_unit * output_unit
     felt = 1.0 if b is None else b.values.reshape(-1)
     eigenvalues = a.values[:, None] * felt
 
@@ -422,17 +433,30 @@ def _admm(
     seen = scale > 0
     rescaled = jnp.where(seen, refined / jnp.where(seen, scale, 1), weight)
     kept = jnp.where(found_better, kept, plain)
-    weight = jnp.where(found_better & adapted, rescaled, weight)
+    weight = jnp.where(found_better & adapted, rescaled, weight) * weight_unit
+
+    def in_its_units(loss: Array) -> Array:
+        return jnp.where(loss == 0, 0, loss * unit * unit)
+
     norm = jnp.sqrt(jnp.maximum(jnp.sum(scaled**2), jnp.finfo(kind).tiny))
     return PrunedKronecker(
         weight=jnp.where(kept, weight, 0).astype(w.dtype),
         keep_mask=kept,
-        loss=jnp.where(found_better, best, plain_loss),
-        masked_loss=jnp.where(found_better, masked_loss, plain_loss),
+        loss=in_its_units(jnp.where(found_better, best, plain_loss)),
+        masked_loss=in_its_units(jnp.where(found_better, masked_loss, plain_loss)),
         primal_residual=jnp.sqrt(found.primal_residual) / norm,
         dual_residual=jnp.sqrt(found.dual_residual) / norm,
         damping=a.damping,
     )
+
+
+def _in_units(x: Float[Array, "..."]) -> tuple[Array, Array]:
+    """``x / u`` and ``u``, the power of two at or below the largest ``|x|``: an exact quotient."""
+    largest = jnp.max(jnp.abs(x))
+    usable = largest >= jnp.finfo(x.dtype).tiny
+    mantissa, _ = jnp.frexp(jnp.where(usable, largest, 1))
+    unit = jnp.where(usable, largest, 1) / (2 * mantissa)
+    return x / unit, unit
 
 
 def _by_block(equation: str, m: Float[Array, "d d_out"], blocks: Array) -> Array:

@@ -134,8 +134,12 @@ def gauss_newton_moments(
       Factors by name, in float32 or wider.
 
     Raises:
-      InputError: names, shapes, blocks or draws do not fit, or values are not finite.
+      InputError: names, shapes, blocks or draws do not fit, or values are not finite, or so large
+        that the factors would not be.
     """
+    unknown = sorted(set(forms or {}) - set(weights))
+    if unknown:
+        raise InputError(f"forms of {unknown}: expected some of {sorted(weights)}")
     forms = {name: (forms or {}).get(name, Form()) for name in weights}
     _check(weights, inputs, data, forms, draws, pilot, row_weights)
     key = jax.random.key(0) if key is None else key
@@ -145,7 +149,16 @@ def gauss_newton_moments(
         few = jax.tree.map(lambda a: a[:pilot], (inputs, data, row_weights))
         first = moments(weights, None, *few[:2], shared, few[2], key)
         leverage = {name: _leverage_map(m.inputs, key) for name, m in first.items()}
-    return moments(weights, leverage, inputs, data, shared, row_weights, key)
+    found = moments(weights, leverage, inputs, data, shared, row_weights, key)
+    for name, (a, b) in found.items():
+        try:
+            check_finite(a=a, b=b)
+        except InputError:
+            raise InputError(
+                f"inputs[{name!r}]: sums of their squares, or of the residual's gradients, are not "
+                "finite; scale inputs, weights or residual down"
+            ) from None
+    return found
 
 
 def _check(
@@ -157,6 +170,8 @@ def _check(
     pilot: int,
     row_weights: Array | None,
 ) -> None:
+    if not weights:
+        raise InputError("weights: expected one or more by name")
     if set(inputs) != set(weights):
         raise InputError(f"inputs of {sorted(inputs)}: expected those of {sorted(weights)}")
     leads = {a.shape[:2] for a in inputs.values()}
@@ -166,6 +181,11 @@ def _check(
             raise InputError(
                 f"inputs[{name!r}] {x.shape} and weights[{name!r}] {w.shape} do not match: "
                 "expected [b, n, d_in], the same b and n for all, and [d_in, d_out]"
+            )
+        if not (x.size and w.size):
+            raise InputError(
+                f"inputs[{name!r}] {x.shape} and weights[{name!r}] {w.shape}: expected one or more "
+                "sequences, tokens, inputs and outputs"
             )
         if forms[name].blocks < 1 or w.shape[1] % forms[name].blocks:
             raise InputError(
@@ -180,7 +200,13 @@ def _check(
         raise InputError(f"draws {draws}: expected 1 or more, or None for every unit cotangent")
     if pilot < 0:
         raise InputError(f"pilot {pilot}: expected a number of sequences, 0 or more")
-    check_finite(**weights, **{f"inputs[{name!r}]": x for name, x in inputs.items()})
+    check_finite(
+        **weights, **{f"inputs[{name!r}]": x for name, x in inputs.items()}, row_weights=row_weights
+    )
+    if row_weights is not None and not isinstance(row_weights, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():
+            if (row_weights < 0).any():
+                raise InputError("row_weights: expected weights of 0 or more")
 
 
 @jax.jit

@@ -151,6 +151,7 @@ def prune_query_key_on(
     Raises:
       InputError: as ``kronecker_admm``.
     """
+    check_finite(**{f"moments.{name}": factor for name, factor in moments._asdict().items()})
     a = factorise(moments.inputs, damping)
     pair = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
     pruned = [
@@ -182,6 +183,8 @@ def fused_moments(
     Raises:
       InputError: shapes do not match, or values are not finite.
     """
+    if x.ndim != 3 or w.shape != (x.shape[2],) * 2:
+        raise InputError(f"x {x.shape} and w {w.shape} do not match: expected [b, n, d] and [d, d]")
     residual = FusedAttention(causal)
     found = gauss_newton_moments(
         residual, {"w": w}, {"w": x}, {"x": x}, pilot=pilot, row_weights=row_weights, key=key

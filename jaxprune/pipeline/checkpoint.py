@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -22,14 +23,15 @@ from jaxprune.models.llama.files import CARD_FILE, check_outside, checkpoint_has
 from jaxprune.models.llama.modeling import parameter_count
 from jaxprune.pipeline.card import Outcome, model_card
 from jaxprune.pipeline.model import Progress, distillation_steps, prune_model, units
-from jaxprune.pipeline.settings import TARGETS, PruneSettings
+from jaxprune.pipeline.settings import TARGETS, PruneSettings, shown
 from jaxprune.runs import plotting
 from jaxprune.runs.configuration import configuration, differing
 from jaxprune.runs.folder import RunFolder, recorded_configuration
-from jaxprune.sharding import on_process_zero, use_mesh
+from jaxprune.sharding import check_mesh, on_process_zero, use_mesh
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import (
     check_new_folder,
+    is_name,
     new_folder,
     read_json,
     remove_partial_folders,
@@ -39,7 +41,7 @@ from jaxprune.storage import (
     write_json,
 )
 from jaxprune.text.tokenizer import Tokenizer
-from jaxprune.text.windows import Windows, calibration_windows
+from jaxprune.text.windows import Windows, calibration_windows, check_sizes
 
 DTYPES = ("float32", "bfloat16")
 
@@ -77,6 +79,17 @@ class PruneRequest:
         """A recorded request in the settings of this version."""
         return modernised(record)
 
+    def check(self) -> None:
+        """Raise ``InputError``, naming the argument, for all that is wrong with any model."""
+        for name, hint in get_type_hints(PruneRequest).items():
+            _check_kind(name, getattr(self, name), hint)
+        self.settings().check_names()
+        check_sizes(self.windows, self.seqlen)
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype {shown(self.dtype)}: expected {' or '.join(DTYPES)}")
+        if self.heldout is not None and self.heldout < 1:
+            raise InputError(f"heldout {self.heldout}: expected 1 or more")
+
     def settings(self) -> PruneSettings:
         """What the pipeline needs to know."""
         return PruneSettings(
@@ -93,6 +106,37 @@ class PruneRequest:
             distill=self.distill,
             batch=self.batch,
             seed=self.seed,
+        )
+
+
+# Kinds of arguments, and what errors call them.
+_KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
+    Path: (Path, "a path"),
+    type(None): (type(None), "None"),
+}
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Raise ``InputError`` for a value that is not of its argument's type, or that nothing takes.
+
+    A truth value is no number; whole numbers are those that an index or a seed of JAX can be.
+    """
+    kinds = get_args(hint) or (hint,)
+    if not any(
+        isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
+        for kind in kinds
+    ):
+        named = " or ".join(dict.fromkeys(_KINDS[kind][1] for kind in kinds))
+        raise InputError(f"{name} {value!r:.80}: expected {named}")
+    if isinstance(value, numbers.Integral) and abs(int(value)) >= 2**31:
+        raise InputError(f"{name} {value!r:.80}: expected a number below 2^31")
+    if isinstance(value, str | Path) and not (str(value) and is_name(str(value))):
+        raise InputError(
+            f"{name} {value!r:.80}: expected one or more characters of Unicode, none of them null"
         )
 
 
@@ -199,7 +243,18 @@ def prune_checkpoint(
     Raises:
       InputError: an argument is wrong; named in the message, before any long work.
     """
-    began, out = time.monotonic(), Path(out)
+    began = time.monotonic()
+    for name, given, kind in (
+        *(("model", model, str | Path), ("out", out, str | Path)),
+        *(("resume", resume, bool), ("mesh", mesh, str | None)),
+    ):
+        _check_kind(name, given, kind)
+    for name, function in (("announce", announce), ("warn", warn), ("progress", progress)):
+        if function is not None and not callable(function):
+            raise InputError(f"{name} {function!r:.80}: expected a function or None")
+    out = Path(out)
+    # Its own text has six digits.
+    ratio = isinstance(sparsity, Sparsity) and sparsity.m is None
     request = PruneRequest(
         model=str(model),
         calibration=calibration,
@@ -208,7 +263,7 @@ def prune_checkpoint(
         heldout=heldout,
         method=method,
         targets=targets,
-        sparsity=str(sparsity),
+        sparsity=str(sparsity.ratio if ratio else sparsity),
         refit=refit,
         start=start,
         allocate=allocate,
@@ -222,11 +277,9 @@ def prune_checkpoint(
         dtype=dtype,
         repeat=repeat,
     )
+    request.check()
+    check_mesh(mesh)
     settings = request.settings()
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype}: expected {' or '.join(DTYPES)}")
-    if heldout is not None and heldout < 1:
-        raise InputError(f"heldout {heldout}: expected 1 or more")
     work = work_folder(out)
     if resume and _finished_before(out, request):
         on_process_zero(lambda: shutil.rmtree(work, ignore_errors=True))

@@ -18,6 +18,11 @@ STARTS = ("gauss-newton", "dense")
 ALLOCATIONS = ("matrix", "block", "model")
 
 
+def shown(text: str) -> str:
+    """A text as an error of one line has it."""
+    return text if text.isprintable() else repr(text)
+
+
 class CurvatureSettings(NamedTuple):
     """How the curvature of the predictions is taken.
 
@@ -111,11 +116,16 @@ class PruneSettings:
     def check_names(self) -> None:
         """Raise ``InputError``, naming the setting, for choices that work with no model."""
         if self.method not in METHODS:
-            raise InputError(f"method {self.method}: expected one of {', '.join(METHODS)}")
+            raise InputError(f"method {shown(self.method)}: expected one of {', '.join(METHODS)}")
         if self.targets not in TARGETS:
-            raise InputError(f"targets {self.targets}: expected one of {', '.join(TARGETS)}")
+            raise InputError(f"targets {shown(self.targets)}: expected one of {', '.join(TARGETS)}")
         if self.start not in STARTS:
-            raise InputError(f"start {self.start}: expected one of {', '.join(STARTS)}")
+            raise InputError(f"start {shown(self.start)}: expected one of {', '.join(STARTS)}")
+        if not 0 <= self.lowest <= self.highest <= 1:
+            raise InputError(
+                f"lowest {self.lowest:g}, highest {self.highest:g}: expected "
+                "0 <= lowest <= highest <= 1"
+            )
         self._check_allocation()
         if self.refit is False and (self.method, self.targets) != ("descent", "qk"):
             raise InputError("refit=False: only with method=descent and targets=qk")
@@ -141,7 +151,9 @@ class PruneSettings:
 
     def _check_allocation(self) -> None:
         if self.allocate not in ALLOCATIONS:
-            raise InputError(f"allocate {self.allocate}: expected one of {', '.join(ALLOCATIONS)}")
+            raise InputError(
+                f"allocate {shown(self.allocate)}: expected one of {', '.join(ALLOCATIONS)}"
+            )
         if self.allocate == "matrix":
             return
         if self.sparsity.m is not None:
@@ -151,7 +163,7 @@ class PruneSettings:
             )
         if self.gradual:
             raise InputError(f"allocate {self.allocate}: not with start dense; use gauss-newton")
-        if not 0 <= self.lowest <= float(self.sparsity.ratio) <= self.highest <= 1:
+        if not self.lowest <= float(self.sparsity.ratio) <= self.highest:
             raise InputError(
                 f"lowest {self.lowest:g}, highest {self.highest:g}: expected 0 <= lowest <= "
                 f"sparsity {self.sparsity} <= highest <= 1"

@@ -31,6 +31,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from jaxprune.errors import InputError
 from jaxprune.runs.configuration import Group, flat
+from jaxprune.storage import is_name
 
 T = TypeVar("T")
 Config = TypeVar("Config")
@@ -283,15 +284,18 @@ def in_flags(message: str, names: Sequence[str]) -> str:
 def _check_given(argv: Sequence[str]) -> None:
     """Raise ``InputError`` for an empty value, such as a shell makes of a variable that is not set.
 
-    As a path it would be the current folder. Null characters, of edited settings, are in no path.
+    As a path it would be the current folder. Null characters, of edited settings, are in no path,
+    and bytes that are not UTF-8 can be written into no record of a run.
     """
     flag = ""
     for argument in argv:
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
             argument = value if equals else flag
-        if not argument or "\0" in argument:
-            what = "is empty" if not argument else "holds a null character"
+        if not argument or not is_name(argument):
+            what = "is empty" if not argument else "holds bytes that are not UTF-8"
+            if "\0" in argument:
+                what = "holds a null character"
             raise InputError(f"{flag or 'an argument'}: {what}, expected a value")
 
 

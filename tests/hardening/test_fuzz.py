@@ -17,7 +17,8 @@ from typing import get_type_hints
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hostile import JUNK, cases
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -25,27 +26,8 @@ from jaxprune import storage
 from jaxprune.runs import plotting
 from jaxprune.runs.configuration import Group
 
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from([0, -1, 1, 3, 7, 2**31, 2**63, 10**40, -(10**40), 1e308, float("nan")]),
-    st.sampled_from(["", "8", "llama", "../x", "\x00", "é" * 300]),
-    st.lists(st.integers(-2, 9), max_size=3),
-    st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "content"]), st.integers()),
-)
-
 pytestmark = pytest.mark.slow
 TEXT = b"the cat sat on the mat. " * 40
-
-
-def cases(count):
-    return settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 @pytest.fixture(scope="module")

@@ -156,11 +156,20 @@ def frequencies(
       float32, computed in float32 in the order of Hugging Face's code: another rounding of
       ``θ_f`` would turn distant tokens by visibly other angles.
 
+    Raises:
+      InputError: float32 does not hold them.
+
     Source: Su et al. 2021.
     """
     exponents = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
-    periods = np.power(np.float32(base), exponents)
-    return np.float32(1) / periods if scaling is None else scaling.frequencies(periods, base)
+    with np.errstate(all="ignore"):
+        periods = np.power(np.float32(base), exponents)
+        found = np.float32(1) / periods if scaling is None else scaling.frequencies(periods, base)
+    if not np.isfinite(found).all():
+        raise InputError(
+            f"rope_theta {base:g} and rope_scaling give frequencies beyond float32; correct them"
+        )
+    return found
 
 
 def read_rope(content: Mapping[str, Any], base: float) -> tuple[Any, RopeScaling | None]:

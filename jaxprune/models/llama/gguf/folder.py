@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from jaxprune.errors import InputError
 from jaxprune.models.llama.checkpoint import places_of
+from jaxprune.models.llama.checks import check_size
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.files import SINGLE_FILE
 from jaxprune.models.llama.gguf.reader import Entry, Header, package, read_header, read_tensor
@@ -133,6 +134,7 @@ def _convert(file: Path, header: Header, folder: Path) -> None:
         factors = read_tensor(file, _ROPE, stored[_ROPE]).astype(np.float32)
     config = read_config(settings, rows, _HEAD not in stored, factors)
     context = whole_number(settings, "llama.context_length")
+    check_size("llama.context_length", context, 2**31)
     tokenizer = read_tokenizer(settings, rows, context)
     parts = _parts(config)
     _check_tensors(parts, stored)
