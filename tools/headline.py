@@ -90,6 +90,8 @@ def settings_of(run: Path, also: Mapping[str, type]) -> dict[str, Any]:
 def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) -> str:
     """The table of a run of either script, by the columns of its metrics.
 
+    Metrics without methods, such as those of another program, are shown as they are.
+
     Args:
       run: its folder.
       patterns: of the rows of a run of real.py.
@@ -101,6 +103,8 @@ def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) ->
             raise InputError(f"{'rows' if patterns else 'brief'}: only of a run of real.py")
         COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
         return table(metrics, settings_of(run, {}))
+    if "method" not in metrics:
+        return metrics.to_markdown(index=False, disable_numparse=True)
     rows.COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
     settings = settings_of(run, REAL_SETTINGS)
     names = list(dict.fromkeys(metrics["row"]))

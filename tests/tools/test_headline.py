@@ -162,6 +162,15 @@ def test_pages_have_the_tables_of_their_metrics(headline, page, name, options):
     assert headline.replaced(text, table, name, page, options) == text
 
 
+def test_metrics_of_another_program_are_shown_as_they_are(headline, tmp_path):
+    (tmp_path / "metrics.csv").write_text("model,accuracy\ndense,0.50\n")
+    shown = headline.table_of(tmp_path)
+    assert [line.split() for line in shown.splitlines()[::2]] == [
+        ["|", "model", "|", "accuracy", "|"],
+        ["|", "dense", "|", "0.5", "|"],
+    ]
+
+
 def test_the_pages_with_tables_are_these():
     assert {page.values[0].name for page in WRITTEN} == {"README.md", "results.md", "choosing.md"}
 
