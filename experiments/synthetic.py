@@ -317,45 +317,42 @@ def equal_storage(metrics: pd.DataFrame, tolerance: float = 0.03) -> pd.DataFram
 
 
 def draw(metrics: pd.DataFrame, folder: Path) -> None:
-    """One figure for every setting and exponent."""
-    for (setting, exponent), frame in metrics.groupby(["setting", "exponent"], sort=False):
-        name = f"figure2_{setting}" + (f"_{exponent:g}" if exponent else "")
-        plotting.save(figure2(frame, f"{setting}, covariance exponent {exponent:g}"), folder, name)
+    """One figure for every setting, exponent and k."""
+    for (setting, exponent, k), frame in metrics.groupby(["setting", "exponent", "k"], sort=False):
+        name = f"figure2_{setting}" + (f"_{exponent:g}" if exponent else "") + f"_k{k}"
+        title = f"{setting}, covariance exponent {exponent:g}, k = {k}"
+        plotting.save(figure2(frame, title), folder, name)
 
 
 def figure2(frame: pd.DataFrame, title: str) -> plt.Figure:
-    """Rows: k, calibration above held-out. Columns: λ, n, ratio."""
+    """Rows: λ, n, ratio. Columns: on the calibration sequence, beside fresh ones."""
     n, ratio = nearest(frame["n"].unique(), 128), nearest(frame["ratio"].unique(), 0.5)
     chosen = choose_lambda(frame)
-    columns = [
+    rows = [
         ("lam", "regularisation λ", frame[(frame["n"] == n) & (frame["ratio"] == ratio)]),
         ("n", "tokens n", chosen[chosen["ratio"] == ratio]),
         ("ratio", "pruning ratio ρ", chosen[chosen["n"] == n]),
     ]
-    columns = [c for c in columns if c[2][c[0]].nunique() > 1]
-    widths = sorted(frame["k"].unique())
-    measures = [("calibration_error", "calibration"), ("heldout_error", "held-out")]
+    rows = [row for row in rows if row[2][row[0]].nunique() > 1] or rows[-1:]
+    measures = [
+        ("calibration_error", "on the calibration sequence"),
+        ("heldout_error", "on fresh sequences"),
+    ]
     figure, axes = plt.subplots(
-        2 * len(widths),
-        len(columns) or 1,
-        figsize=(3.4 * (len(columns) or 1), 2.4 * 2 * len(widths)),
-        squeeze=False,
-        sharey=True,
-        sharex="col",
+        len(rows), 2, figsize=(7.4, 2.5 * len(rows)), squeeze=False, sharey=True, sharex="row"
     )
-    for row, (k, (measure, label)) in enumerate((k, m) for k in widths for m in measures):
-        for (x, x_label, data), cell in zip(columns, axes[row], strict=False):
-            here = data[data["k"] == k]
+    for (x, x_label, data), cells in zip(rows, axes, strict=True):
+        for (measure, label), cell in zip(measures, cells, strict=True):
             cell.set_yscale("log")
             if x != "ratio":
                 cell.set_xscale("log", base=10 if x == "lam" else 2)
-            cell.set_xlim(_limits(here[x], log=x != "ratio"))
-            plotting.curves(cell, here, x, measure, SHOWN)
-            if row == 2 * len(widths) - 1:
-                cell.set_xlabel(x_label)
-        axes[row, 0].set_ylabel(f"k = {k}\n{label}\nrelative error")
+            cell.set_xlim(_limits(data[x], log=x != "ratio"))
+            plotting.curves(cell, data, x, measure, SHOWN)
+            cell.set_xlabel(x_label)
+            cell.set_title(label, fontsize=9)
+        cells[0].set_ylabel("relative error")
     figure.suptitle(
-        f"{title}: columns at n = {n}, ρ = {ratio:g}; mean ± standard error of "
+        f"{title}: at n = {n}, ρ = {ratio:g}; mean ± standard error of "
         f"{frame['seed'].nunique()} seeds",
         fontsize=10,
     )

@@ -50,13 +50,20 @@ ENTRIES = {
         "Perplexity of SmolLM2-135M above the dense model's against seconds of pruning, a panel "
         "for each set of maps and sparsity, a marker for each method.",
     ),
+    "ratios": Entry(
+        "smollm2/checkpoints/all-0.5-gauss-newton-model-seed0/ratios.png",
+        "python experiments/real.py --rows all-0.5-gauss-newton-model --keep --out runs/smollm2",
+        "What one budget for the whole model takes from where",
+        "A map of SmolLM2-135M, layers down and the seven matrices of a block across, coloured by "
+        "the fraction of zeros when half of all weights go where predictions feel it least.",
+    ),
     "attention": Entry(
         "llama_heads/figures/figure1.png",
         _HEADS,
         "Attention of one head before and after (the paper's Figure 1)",
-        "Attention matrices of one head on a fresh window, dense and with half of the weights "
-        "removed by Algorithm 1, preset descent and Wanda; below, how far each is from the dense "
-        "one.",
+        "How far the attention matrices of one head on a fresh window are from the dense one, with "
+        "half of the weights removed by Algorithm 1, Wanda, SparseGPT and the closed form, which "
+        "is nearest; below, the matrices themselves.",
     ),
     "heads_error": Entry(
         "llama_heads/figures/figure3.png",
@@ -73,14 +80,15 @@ ENTRIES = {
         "One map for each method, layers down and heads across, coloured by held-out error.",
     ),
     "figure2_unit_variance": Entry(
-        "synthetic/figures/figure2_unit_variance.png",
+        "synthetic/figures/figure2_unit_variance_k16.png",
         "make sweep",
         "Synthetic data as in the paper (Figure 2)",
-        "Error against λ, the number of tokens and the ratio, for unit-variance weights. On the "
-        "calibration sequence Algorithm 1 is far below the others, on fresh sequences it is not.",
+        "Error against λ, the number of tokens and the ratio, for unit-variance weights, k = 16: "
+        "on the calibration sequence, left, Algorithm 1 is far below the others; on fresh "
+        "sequences, right, it is not.",
     ),
     "figure2_correlated": Entry(
-        "synthetic/figures/figure2_correlated_1.png",
+        "synthetic/figures/figure2_correlated_1_k16.png",
         "make sweep",
         "Synthetic data with correlated activations",
         "The same for activations whose covariance has a power law and 32 calibration sequences: "

@@ -69,7 +69,7 @@ COLUMNS = Columns(
 # choice is the same on all of them lets a run go on elsewhere.
 _CORE_SPEED, _HOURS = 6e10, 1.0
 EXAMPLE = "attention.npz"
-EXAMPLE_METHODS = (ALGORITHM1, "descent", "wanda")
+EXAMPLE_METHODS = (ALGORITHM1, "wanda", "sparsegpt", "gauss_newton")
 EXAMPLE_TOKENS = 48
 
 
@@ -485,38 +485,40 @@ def draw_map(metrics: pd.DataFrame) -> plt.Figure:
 
 
 def draw_example(arrays: dict[str, np.ndarray]) -> plt.Figure:
-    """Figure 1: attention matrices of one head, and below how far they are from the dense one."""
+    """Figure 1: how far attention matrices of one head are from the dense one, and themselves."""
     dense = arrays["dense"]
-    methods = [m for m in EXAMPLE_METHODS if m in arrays]
+    # Runs of version 0.1 have the descent in place of the closed form.
+    methods = [m for m in (*EXAMPLE_METHODS, "descent") if m in arrays]
     errors = {m: np.abs(arrays[m] - dense) for m in methods}
     figure, axes = plt.subplots(
         2,
         1 + len(methods),
-        figsize=(2.5 * (1 + len(methods)) + 0.6, 5.0),
+        figsize=(2.3 * (1 + len(methods)) + 0.6, 5.0),
         squeeze=False,
         layout="constrained",
     )
-    top = max(e.max() for e in errors.values())
     # The square root keeps faint weights visible beside those near one.
-    scale = {"cmap": "viridis", "norm": plt.matplotlib.colors.PowerNorm(0.5, 0, 1)}
-    difference = {"cmap": "magma", "norm": plt.matplotlib.colors.PowerNorm(0.5, 0, top)}
-    image = axes[0, 0].imshow(dense, **scale)
-    axes[0, 0].set_title("dense")
-    axes[1, 0].set_visible(False)
+    root = partial(plt.matplotlib.colors.PowerNorm, 0.5, 0)
+    top = max(e.max() for e in errors.values())
+    difference = {"cmap": "magma", "norm": root(top)}
+    scale = {"cmap": "viridis", "norm": root(1)}
+    axes[0, 0].set_visible(False)
+    image = axes[1, 0].imshow(dense, **scale)
+    axes[1, 0].set_title("dense", fontsize=9)
     for column, method in enumerate(methods, start=1):
-        axes[0, column].imshow(arrays[method], **scale)
-        axes[0, column].set_title(plotting.style(method).label, fontsize=9)
-        lower = axes[1, column].imshow(errors[method], **difference)
+        upper = axes[0, column].imshow(errors[method], **difference)
         relative = np.sum(errors[method] ** 2) / np.sum(dense**2)
-        axes[1, column].set_title(f"|difference|, relative error {relative:.3g}", fontsize=8)
+        label = plotting.style(method).label
+        axes[0, column].set_title(f"{label}\nrelative error {relative:.3g}", fontsize=9)
+        axes[1, column].imshow(arrays[method], **scale)
     for cell in axes.flat:
         cell.grid(False)
         cell.set_xticks([])
         cell.set_yticks([])
-    axes[0, 0].set_ylabel("query")
-    axes[0, 0].set_xlabel("key")
-    figure.colorbar(image, ax=axes[0, :], label="attention")
-    figure.colorbar(lower, ax=axes[1, :], label="|difference|")
+    axes[1, 0].set_ylabel("query")
+    axes[1, 0].set_xlabel("key")
+    figure.colorbar(upper, ax=axes[0, :], label="|difference from dense|")
+    figure.colorbar(image, ax=axes[1, :], label="attention")
     figure.suptitle(
         f"layer {arrays['layer']}, head {arrays['head']}, ρ = {arrays['ratio']:g}: first "
         f"{len(dense)} tokens of a held-out window",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 
@@ -33,4 +36,24 @@ def summary_figure(metrics: pd.DataFrame, title: str) -> plt.Figure:
     axes[2].legend(frameon=False)
     figure.suptitle(title, fontsize=10, parse_math=False)
     figure.tight_layout()
+    return figure
+
+
+def ratio_figure(ratios: Mapping[str, Sequence[float]], title: str) -> plt.Figure:
+    """Fraction of zeros in every matrix: a map, layers down and matrices across.
+
+    Args:
+      ratios: of every layer, by the name of the matrix.
+      title: of the figure.
+    """
+    table = np.array(list(ratios.values())).T
+    figure, cell = plt.subplots(
+        figsize=(1.6 + 0.75 * table.shape[1], 1.4 + 0.16 * len(table)), layout="constrained"
+    )
+    image = cell.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=1)
+    cell.set_xticks(range(len(ratios)), [name.replace("_", " ") for name in ratios])
+    cell.set_ylabel("layer")
+    cell.grid(False)
+    figure.colorbar(image, ax=cell, label="fraction of zeros")
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return figure

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from jaxprune.errors import InputError
-from jaxprune.evaluation.summary import summary_figure
+from jaxprune.evaluation.summary import ratio_figure, summary_figure
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import context_note, write_weights
 from jaxprune.models.llama.files import CARD_FILE, check_outside, checkpoint_hashes
@@ -392,12 +392,16 @@ def _write(
     card = model_card(
         request.model, source, request.settings(), model.config, request.dtype, outcome
     )
-    title = f"{request.model}: {request.method} on {request.targets}, sparsity {request.sparsity}"
+    # A folder's name is enough, and says nothing of the machine.
+    name = Path(request.model).name if Path(request.model).exists() else request.model
+    title = f"{name}: {request.method} on {request.targets}, sparsity {request.sparsity}"
     with new_folder(result.out) as folder:
         write_weights(model, source, folder)
         write_arrays(folder / "keep_masks.npz", **masks)
         metrics.to_csv(folder / "metrics.csv", index=False)
         plotting.save(summary_figure(metrics, title), folder, "summary")
+        if request.allocate != "matrix":
+            plotting.save(ratio_figure(result.achieved_sparsity, title), folder, "ratios")
         write_json(folder / "pruning.json", report)
         with replacing(folder / CARD_FILE) as partial:
             partial.write_text(card, encoding="utf-8")

@@ -120,6 +120,7 @@ def test_a_shared_budget_is_kept_to_the_entry(
     ratios = [float((~masks[name]).mean()) for name in masks.files]
     assert max(ratios) > min(ratios)
     assert max(ratios) <= 0.9
+    assert (out / "ratios.png").exists()
 
 
 def test_a_baseline_may_be_retrained_like_descent(prune, checkpoint, text, tmp_path):
@@ -127,6 +128,7 @@ def test_a_baseline_may_be_retrained_like_descent(prune, checkpoint, text, tmp_p
     for name, more in (("plain", ()), ("retrained", ("--refit",))):
         arguments = flags(model, text, tmp_path / name, "--method", "wanda", *more)
         assert prune(arguments) == 0
+        assert not (tmp_path / name / "ratios.png").exists()  # all the same
     masks = [np.load(tmp_path / name / "keep_masks.npz") for name in ("plain", "retrained")]
     # Later blocks see what earlier ones became: masks of the first are the same.
     for name in ("0.wq", "0.wk"):

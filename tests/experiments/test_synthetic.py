@@ -69,10 +69,9 @@ def test_the_run_says_what_it_was(finished):
 
 def test_figures_and_tables_are_there(finished):
     assert sorted(f.name for f in (finished / "figures").iterdir()) == [
-        "figure2_soft.png",
-        "figure2_soft.svg",
+        f"figure2_soft_k{k}.{form}" for k in (4, 6) for form in ("png", "svg")
     ]
-    assert (finished / "figures" / "figure2_soft.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "figures" / "figure2_soft_k4.png").read_bytes().startswith(b"\x89PNG")
     tables = (finished / "tables.md").read_text()
     for text in ("Equal ratio", "Equal stored weights", "descent", "sparsegpt"):
         assert text in tables
@@ -164,7 +163,7 @@ def test_redraw_needs_the_metrics_only(synthetic, finished, tmp_path, monkeypatc
     (tmp_path / "metrics.csv").write_bytes((finished / "metrics.csv").read_bytes())
     monkeypatch.setattr(synthetic, "compute", None)
     assert synthetic.main(["--redraw", "--out", str(tmp_path)]) == 0
-    names = ["figures/figure2_soft.svg", "tables.md", "summary.csv", "equal_storage.csv"]
+    names = ["figures/figure2_soft_k4.svg", "tables.md", "summary.csv", "equal_storage.csv"]
     for name in names:
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
@@ -236,7 +235,7 @@ def test_curves_of_correlated_activations_run_too(synthetic, tmp_path, capsys):
     arguments += ["--seeds", "1", "--steps", "2", "--settings", "correlated"]
     assert synthetic.main([*arguments, "--out", str(tmp_path / "run")]) == 0
     names = {f.stem for f in (tmp_path / "run" / "figures").iterdir()}
-    assert names == {"figure2_correlated_1", "figure2_correlated_2"}
+    assert names == {"figure2_correlated_1_k4", "figure2_correlated_2_k4"}
 
 
 def refuse(synthetic, capsys, *arguments):
