@@ -105,17 +105,25 @@ plotting.save(figure, FIGURES, "attention")
 # from gradients; the ranking of `descent` knows their norms.
 
 # %%
-order = np.argsort(-np.linalg.norm(np.asarray(x).reshape(-1, x.shape[-1]), axis=0))
-figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.4), layout="constrained")
-for cell, (name, found) in zip(
-    axes, {"Algorithm 1": paper, "preset descent": descent}.items(), strict=True
+norms = np.linalg.norm(np.asarray(x).reshape(-1, x.shape[-1]), axis=0)
+figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.0), sharey=True, layout="constrained")
+for cell, (name, method, found) in zip(
+    axes,
+    [("Algorithm 1", "algorithm1", paper), ("preset descent", "descent", descent)],
+    strict=True,
 ):
-    kept = np.asarray(found.keep_mask)[np.ix_(order, order)]
-    cell.imshow(kept, cmap="gray_r", interpolation="nearest")
-    cell.set_title(f"{name}: {kept.mean():.2f} kept (black)", fontsize=9)
-    cell.grid(False)
-figure.supxlabel("feature of the key, largest activations first", fontsize=9)
-figure.supylabel("of the query", fontsize=9)
+    look = plotting.style(method)
+    for axis, side, marker in ((1, "query", "o"), (0, "key", "^")):
+        kept = np.asarray(found.keep_mask).mean(axis=axis)
+        fill = look.color if marker == "^" else "none"
+        cell.scatter(
+            norms, kept, 14, marker=marker, edgecolors=look.color, facecolors=fill, label=side
+        )
+    cell.set_xscale("log")
+    cell.set_title(name, fontsize=9)
+    cell.legend(title="feature of the", frameon=False, fontsize=8, title_fontsize=8)
+figure.supxlabel("norm of the feature's activations", fontsize=9)
+axes[0].set_ylabel("fraction of its weights kept")
 plotting.save(figure, FIGURES, "masks")
 
 # %% [markdown]

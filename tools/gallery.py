@@ -145,8 +145,9 @@ ENTRIES = {
         "tutorial/masks.png",
         _TUTORIAL,
         "Where masks keep",
-        "Keep masks of Algorithm 1 and preset descent, features sorted by the size of their "
-        "activations: both keep more where activations are large, descent more sharply.",
+        "Fraction of a feature's weights that Algorithm 1 and preset descent keep against the norm "
+        "of its activations, on the side of queries and of keys: both keep more where activations "
+        "are large, descent more sharply.",
     ),
     "overfit": Entry(
         "tutorial/overfit.png",
