@@ -1,9 +1,8 @@
 """Pruning in closed form: quadratic forms of objectives, and a solver for them.
 
 ``moments`` finds Kronecker factors of the Gauss-Newton matrix of any differentiable residual,
-``residuals`` has those of attention, ``admm`` prunes a matrix on such a form, ``entries`` says what
-one entry costs there, and ``query_key`` puts them together for the projections of attention.
-Arrays in, arrays out.
+``residuals`` has those of attention, ``admm`` prunes a matrix on such a form, and ``query_key``
+puts them together for the projections of attention. Arrays in, arrays out.
 """
 
 from jaxprune.gauss_newton.admm import (
@@ -13,7 +12,6 @@ from jaxprune.gauss_newton.admm import (
     kronecker_admm,
     redamped,
 )
-from jaxprune.gauss_newton.entries import conditional_diagonal, saliency
 from jaxprune.gauss_newton.moments import Form, Moments, gauss_newton_moments
 from jaxprune.gauss_newton.query_key import (
     QueryKeyMoments,
@@ -31,7 +29,6 @@ __all__ = [
     "Moments",
     "PrunedKronecker",
     "QueryKeyMoments",
-    "conditional_diagonal",
     "factorise",
     "fused_moments",
     "gauss_newton_moments",
@@ -39,5 +36,4 @@ __all__ = [
     "prune_query_key_on",
     "query_key_moments",
     "redamped",
-    "saliency",
 ]

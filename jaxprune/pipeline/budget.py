@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxprune.allocation import allocate, saliency_counts
-from jaxprune.gauss_newton import saliency
 from jaxprune.models.llama.modeling import Llama
-from jaxprune.pipeline.curvature import Curvature, MapCurvature
+from jaxprune.pipeline.curvature import Curvature
 from jaxprune.pipeline.settings import PruneSettings
 from jaxprune.sparsity import Sparsity
 
@@ -20,9 +18,13 @@ def share_out(
 ) -> list[dict[str, Sparsity]]:
     """Ratios by which the matrices together lose ``sparsity``, where predictions feel it least.
 
-    Entries compete by the divergence of the predictions that dropping one costs, all others of its
-    matrix adapting (``gauss_newton.saliency``): some matrices make up for nearly all of what they
-    lose, others for little. Totals over a block, or over the model, are those of equal ratios.
+    Entries compete by ``½ A_ii B_jj w_ij²``, the divergence of the predictions that dropping one
+    costs to first order. Totals over a block, or over the model, are those of equal ratios.
+
+    What an entry costs while the others of its matrix adapt, ``½ w_ij² / ([A⁻¹]_ii [B⁻¹]_jj)``, is
+    nearer to what a closed form leaves, but a worse guide: half of SmolLM2-135M had a perplexity
+    gap of 12.8 by it, of 11.1 by the diagonals. Where few tokens' gradients make up ``B``, as for
+    ``W_V``, its inverse promises too much.
 
     Args:
       model: the dense model.
@@ -33,7 +35,7 @@ def share_out(
     blocks = model.blocks.get_value()
     counts = {
         (layer, name): saliency_counts(
-            np.asarray(_saliency(curvature[layer][name], getattr(blocks, name)[layer]))
+            np.asarray(curvature[layer][name].saliency(getattr(blocks, name)[layer]))
         )
         for layer in layers
         for name in names
@@ -56,8 +58,3 @@ def share_out(
             assert math.isclose(int(sparsity.drop_count(size)), count, abs_tol=0)
             ratios[layer][name] = sparsity
     return ratios
-
-
-def _saliency(felt: MapCurvature, w: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
-    assert felt.inputs is not None
-    return saliency(w, felt.inputs, felt.outputs)

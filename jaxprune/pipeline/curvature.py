@@ -31,19 +31,24 @@ class MapCurvature(NamedTuple):
 
     Attributes:
       outputs: blocks of ``B``, a mean over windows.
-      inputs: blocks of ``A`` on the dense model's activations, where they were asked for.
+      input_squares: mean of ``x_ti²`` over tokens, on the dense model's activations.
     """
 
     outputs: Float[Array, "p k k"]
-    inputs: Float[Array, "q i i"] | None
+    input_squares: Float[Array, " d_in"]
+
+    def saliency(self, w: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+        """``½ A_ii B_jj w_ij²``, nats a window that dropping an entry costs, to first order."""
+        outputs = jnp.diagonal(self.outputs, axis1=-2, axis2=-1).reshape(-1)
+        return 0.5 * self.input_squares[:, None] * outputs * jnp.square(w.astype(outputs.dtype))
 
 
 Curvature = list[dict[str, MapCurvature]]
 """Of every block, by the names of its maps."""
 
 
-def diagonal_blocks(width: int, full: int) -> int:
-    """Blocks of a factor of this width: as few as have at most ``full`` each."""
+def output_blocks(width: int, full: int) -> int:
+    """Blocks of ``B`` for a map with so many outputs: as few as have at most ``full`` each."""
     return next(p for p in range(1, width + 1) if width % p == 0 and width // p <= full)
 
 
@@ -55,7 +60,6 @@ def prediction_curvature(
     *,
     batch: int,
     full: int = CurvatureSettings().outputs,
-    inputs: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Curvature:
     """Curvature of the predictions in the outputs of linear maps of all blocks.
@@ -67,12 +71,11 @@ def prediction_curvature(
       key: of the drawn labels; a window has its own, whatever the batch.
       batch: windows at once.
       full: greatest width of a block of ``B``.
-      inputs: greatest width of a block of ``A``; ``None`` leaves it out.
       progress: called with the number of batches done.
     """
     config, windows = model.config, len(tokens)
     layers = range(config.num_hidden_layers)
-    sums = [_zeros(model, names, full, inputs) for _ in layers]
+    sums = [_zeros(model, names, full) for _ in layers]
     for number, start in enumerate(range(0, windows, batch)):
         here = jnp.asarray(tokens[start : start + batch])
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(len(here)))
@@ -87,34 +90,20 @@ def prediction_curvature(
         progress(number + 1)
     return [
         {
-            name: MapCurvature(
-                outputs / windows,
-                None if inputs is None else found.inputs[INPUT_OF[name]] / tokens.size,
-            )
-            for name, outputs in found.outputs.items()
+            name: MapCurvature(sums[layer][name][0] / windows, sums[layer][name][1] / tokens.size)
+            for name in names
         }
-        for found in sums
+        for layer in layers
     ]
 
 
-class _Sums(NamedTuple):
-    """Of a block, over tokens: ``g gᵀ`` by names of maps, ``x xᵀ`` by those of their inputs."""
-
-    outputs: dict[str, Float[Array, "p k k"]]
-    inputs: dict[str, Float[Array, "q i i"]]
-
-
-def _zeros(model: Llama, names: tuple[str, ...], full: int, inputs: int | None) -> _Sums:
-    def blocks(width: int, greatest: int) -> Array:
-        count = diagonal_blocks(width, greatest)
-        return jnp.zeros((count, width // count, width // count))
-
-    shapes = {name: getattr(model.blocks.get_value(), name).shape[1:] for name in names}
-    widths = {} if inputs is None else {INPUT_OF[n]: d_in for n, (d_in, _) in shapes.items()}
-    return _Sums(
-        {name: blocks(d_out, full) for name, (_, d_out) in shapes.items()},
-        {field: blocks(d_in, inputs or d_in) for field, d_in in widths.items()},
-    )
+def _zeros(model: Llama, names: tuple[str, ...], full: int) -> dict[str, tuple[Array, Array]]:
+    sums = {}
+    for name in names:
+        d_in, d_out = getattr(model.blocks.get_value(), name).shape[1:]
+        blocks = output_blocks(d_out, full)
+        sums[name] = (jnp.zeros((blocks, d_out // blocks, d_out // blocks)), jnp.zeros(d_in))
+    return sums
 
 
 def draw(key: Key[Array, ""], probability: Float[Array, "n v"]) -> Int[Array, " n"]:
@@ -158,9 +147,9 @@ def _through_block(
     weights: BlockWeights,
     hidden: Float[Array, "b n d"],
     gradient: Float[Array, "b n d"],
-    sums: _Sums,
+    sums: dict[str, tuple[Array, Array]],
     config: LlamaConfig,
-) -> tuple[Array, _Sums]:
+) -> tuple[Array, dict[str, tuple[Array, Array]]]:
     """Gradient before a block, and sums that its maps add to."""
     lead = hidden.shape[:2]
 
@@ -169,19 +158,17 @@ def _through_block(
         return block(weights._replace(**tapped), hidden, config)
 
     taps = {
-        name: jnp.zeros((*lead, getattr(weights, name).shape[1]), hidden.dtype)
-        for name in sums.outputs
+        name: jnp.zeros((*lead, getattr(weights, name).shape[1]), hidden.dtype) for name in sums
     }
     _, pull, inputs = jax.vjp(through, hidden, taps, has_aux=True)
     before, outputs = pull(gradient)
-    after = _Sums(
-        {name: square + _squares(outputs[name], square) for name, square in sums.outputs.items()},
-        {f: square + _squares(getattr(inputs, f), square) for f, square in sums.inputs.items()},
-    )
+    after = {}
+    for name, (square, input_squares) in sums.items():
+        kind = accumulation_dtype(outputs[name])
+        g = outputs[name].astype(kind).reshape(-1, *square.shape[:2])
+        x = getattr(inputs, INPUT_OF[name]).astype(kind)
+        after[name] = (
+            square + contract("tpk,tpl->pkl", g, g),
+            input_squares + jnp.sum(x**2, axis=(0, 1)),
+        )
     return before, after
-
-
-def _squares(values: Float[Array, "b n d"], blocks: Float[Array, "p k k"]) -> Float[Array, "p k k"]:
-    """Sum over tokens of ``v vᵀ``, in blocks of these shapes."""
-    wide = values.astype(accumulation_dtype(values)).reshape(-1, *blocks.shape[:2])
-    return contract("tpk,tpl->pkl", wide, wide)

@@ -200,7 +200,6 @@ def _plan(
         key,
         batch=settings.batch,
         full=settings.curvature.outputs,
-        inputs=None if settings.allocate == "matrix" else settings.curvature.inputs,
     )
     report(1, "curvature")
     if settings.allocate == "matrix":

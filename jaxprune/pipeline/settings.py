@@ -34,12 +34,10 @@ class CurvatureSettings(NamedTuple):
       windows: of calibration that it is taken from, at most.
       outputs: greatest width of a block of its factor ``B``: wider maps have several on the
         diagonal, with 1 it is a diagonal.
-      inputs: the same of the factor ``A`` that a shared budget is found with.
     """
 
     windows: int = 32
     outputs: int = 768
-    inputs: int = 2048
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class PruneSettings:
         if self.distill and self.refit is False:
             raise InputError("distill: not with refit=False, which keeps the weights' values")
         if min(self.curvature) < 1:
-            raise InputError(f"curvature {tuple(self.curvature)}: expected 1 or more of all")
+            raise InputError(f"curvature {tuple(self.curvature)}: expected 1 or more of both")
         if self.batch < 1:
             raise InputError(f"batch {self.batch}: expected 1 or more")
 
