@@ -55,7 +55,7 @@ def finished(heads, tmp_path_factory):
     folder = tmp_path_factory.mktemp("heads")
     np.savez(folder / "layer.npz", **arrays())
     arguments = ["--input", str(folder / "layer.npz"), "--out", str(folder / "whole")]
-    assert heads.main([*FLAGS, "--head-batch", "3", *arguments]) == 0
+    assert heads.main([*FLAGS, "--head-batch", "2", *arguments]) == 0
     return folder
 
 
@@ -142,7 +142,7 @@ def test_figure_table_and_settings_are_there(finished):
     assert "heldout_worst" in (out / "tables.md").read_text()
     config = json.loads((out / "config.json").read_text())
     assert config["ratios"] == [0.25, 0.5]
-    assert config["head_batch"] == 3
+    assert config["head_batch"] == 2
     assert (out / "environment.json").exists()
 
 
@@ -232,7 +232,7 @@ def test_an_interrupted_run_resumes_to_identical_files(
         return real(*arguments, **content)
 
     monkeypatch.setattr(heads, "write_arrays", interrupt)
-    arguments = [*FLAGS, "--head-batch", "3", "--input", str(finished / "layer.npz")]
+    arguments = [*FLAGS, "--head-batch", "2", "--input", str(finished / "layer.npz")]
     arguments += ["--out", str(out)]
     assert heads.main(arguments) == 130
     assert "--resume continues" in capsys.readouterr().err.splitlines()[-1]

@@ -321,7 +321,14 @@ class TestTheorem:
         found = iterations_used(loss, 1.0, jnp.array([5.0, 1.0, 0.4, 0.0, -1.0]))
         np.testing.assert_array_equal(found, [0, 1, 3, 3, jnp.inf])
 
-    @pytest.mark.parametrize("lam", [0.0, 0.02, 0.5])
+    @pytest.mark.parametrize(
+        "lam",
+        [
+            pytest.param(0.0, marks=pytest.mark.slow),
+            0.02,
+            pytest.param(0.5, marks=pytest.mark.slow),
+        ],
+    )
     def test_bound_covers_what_a_head_needs(self, key, lam):
         x, w = head(key)
         run = mask_descent(x, w, gradient_descent("curvature"), lam=lam, steps=100)

@@ -19,7 +19,7 @@ from jaxprune.methods.query_key import prune_query_key
 
 # (tokens, width): one token, one feature, more features than tokens.
 SHAPES = [(1, 1), (1, 4), (5, 1), (3, 7)]
-EVERYTHING = ["0", "1", "1:1", "4:4"]
+EVERYTHING = ["0", "1", *(pytest.param(p, marks=pytest.mark.slow) for p in ("1:1", "4:4"))]
 
 
 def draw(key, n, d, size, dtype=jnp.float32):
