@@ -51,8 +51,8 @@ ENTRIES = {
         "for each set of maps and sparsity, a marker for each method.",
     ),
     "ratios": Entry(
-        "smollm2/checkpoints/all-0.5-gauss-newton-model-seed0/ratios.png",
-        "python experiments/real.py --rows all-0.5-gauss-newton-model --keep --out runs/smollm2",
+        "budget/checkpoints/all-0.5-gauss-newton-model-seed0/ratios.png",
+        "python experiments/real.py --rows all-0.5-gauss-newton-model --keep --out runs/budget",
         "What one budget for the whole model takes from where",
         "A map of SmolLM2-135M, layers down and the seven matrices of a block across, coloured by "
         "the fraction of zeros when half of all weights go where predictions feel it least.",

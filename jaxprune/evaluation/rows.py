@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -145,11 +146,24 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
                 label=name_of(str(method)),
                 markersize=6,
             )
+        for _, point in rows[rows["allocate"] != "matrix"].iterrows():
+            where = (point["seconds"], max(point["gap"], _LEAST_GAP))
+            axes.annotate(
+                f"one budget\n({point['allocate']})",
+                where,
+                (-6, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=7,
+            )
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
-        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.margins(0.12)
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            axis.set_major_locator(ticker.FixedLocator(_ticks(*limits)))
+            axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            axis.set_minor_locator(ticker.NullLocator())
         axes.set_xlabel("seconds of pruning")
         axes.set_ylabel("perplexity above dense")
     handles: dict[str, Artist] = {}
@@ -160,6 +174,13 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
         list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False
     )
     return figure
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two, a few in every decade."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    numbers = [digit * 10.0**decade for decade in decades for digit in (1, 1.5, 2, 3, 5, 7)]
+    return [number for number in numbers if low <= number <= high]
 
 
 def draw_gaps(metrics: pd.DataFrame) -> Figure:
