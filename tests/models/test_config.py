@@ -305,3 +305,7 @@ ROPE_FIELDS = st.sampled_from([*YARN, *SCALING, "type", "mscale", "mscale_all_di
 def test_any_content_is_read_or_refused(name, change, rope):
     with contextlib.suppress(InputError):
         of_family(name, **{"rope_scaling": rope and YARN | rope} | change)
+
+
+def test_a_whole_number_will_do_as_the_base_of_positions():
+    assert of_family("llama", rope_theta=5).rope_theta == 5.0

@@ -170,7 +170,7 @@ def _check_positions(fields: Mapping[str, Any]) -> None:
         )
     if isinstance(scaling, YarnScaling) and fields["rope_theta"] <= 1:
         raise InputError(f"rope_theta {fields['rope_theta']} must be above 1 with yarn's scaling")
-    rotary_frequencies(fields["head_dim"], fields["rope_theta"], scaling)
+    rotary_frequencies(fields["head_dim"], float(fields["rope_theta"]), scaling)
     layers, without = fields["num_hidden_layers"], fields["layers_without_rope"]
     if not isinstance(without, tuple) or list(without) != sorted(set(range(layers)) & set(without)):
         raise InputError(
