@@ -26,6 +26,10 @@ def test_selection_is_a_stable_sort(scores, drop):
     assert (kept == [reference.keep(row, drop) for row in scores]).all()
 
 
+def test_minus_zero_is_zero():
+    assert select(jnp.array([0.0, -0.0, 1.0]), 1).tolist() == [False, True, True]
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.29, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("tied", [True, False])
 def test_counts_are_exact_in_every_group(ratio, tied):
