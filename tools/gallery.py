@@ -146,8 +146,8 @@ ENTRIES = {
         _TUTORIAL,
         "Where masks keep",
         "Fraction of a feature's weights that Algorithm 1 and preset descent keep against the norm "
-        "of its activations, on the side of queries and of keys: both keep more where activations "
-        "are large, descent more sharply.",
+        "of its activations, on the side of queries and of keys: more where activations are "
+        "large, with a wide spread.",
     ),
     "overfit": Entry(
         "tutorial/overfit.png",
