@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jaxprune.errors import InputError
+from jaxprune.errors import InputError, shown
 
 AXES = ("sequences", "heads")
 
@@ -245,9 +245,7 @@ def _mesh_axes(shape: str) -> tuple[int, int]:
     match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", shape)
     along = (int(match[1]), int(match[2])) if match else (0, 0)
     if math.prod(along) == 0:
-        raise InputError(
-            f"mesh {shape if shape.isprintable() else repr(shape)}: expected SxH, such as 1x8"
-        )
+        raise InputError(f"mesh {shown(shape)}: expected SxH, such as 1x8")
     if math.prod(along) != jax.device_count():
         raise InputError(
             f"mesh {shape}: expected SxH whose product is the number of devices, "

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pandas as pd
 
-from jaxprune.errors import InputError
+from jaxprune.errors import InputError, shown
 from jaxprune.evaluation.summary import ratio_figure, summary_figure
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import context_note, write_weights
@@ -23,7 +23,7 @@ from jaxprune.models.llama.files import CARD_FILE, check_outside, checkpoint_has
 from jaxprune.models.llama.modeling import parameter_count
 from jaxprune.pipeline.card import Outcome, model_card
 from jaxprune.pipeline.model import Progress, distillation_steps, prune_model, units
-from jaxprune.pipeline.settings import TARGETS, PruneSettings, shown
+from jaxprune.pipeline.settings import TARGETS, PruneSettings
 from jaxprune.runs import plotting
 from jaxprune.runs.configuration import configuration, differing
 from jaxprune.runs.folder import RunFolder, recorded_configuration

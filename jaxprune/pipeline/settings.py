@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jaxprune.baselines import BASELINES
-from jaxprune.errors import InputError
+from jaxprune.errors import InputError, shown
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import INPUT_OF
 from jaxprune.sparsity import Sparsity
@@ -16,11 +16,6 @@ METHODS = (*BASELINES, "gauss-newton", "descent")
 TARGETS = {"qk": ("wq", "wk"), "all": tuple(INPUT_OF)}
 STARTS = ("gauss-newton", "dense")
 ALLOCATIONS = ("matrix", "block", "model")
-
-
-def shown(text: str) -> str:
-    """A text as an error of one line has it."""
-    return text if text.isprintable() else repr(text)
 
 
 class CurvatureSettings(NamedTuple):
