@@ -11,6 +11,7 @@ from jaxprune.gauss_newton.admm import (
     factorise,
     kronecker_admm,
     redamped,
+    ridge_solution,
 )
 from jaxprune.gauss_newton.moments import Form, Moments, gauss_newton_moments
 from jaxprune.gauss_newton.query_key import (
@@ -36,4 +37,5 @@ __all__ = [
     "prune_query_key_on",
     "query_key_moments",
     "redamped",
+    "ridge_solution",
 ]

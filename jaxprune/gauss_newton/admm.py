@@ -146,6 +146,28 @@ def redamped(factor: Factor, damping: float | Array) -> Factor:
     return Factor(matrix, factor.scale, values, factor.vectors, damping)
 
 
+def ridge_solution(a: Factor, cross: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+    """``(A + δ diag A)⁻¹ C``: the linear map of inputs that is nearest to given outputs.
+
+    Args:
+      a: of ``A = Σ x_t x_tᵀ``, one matrix, damped by ``δ``.
+      cross: ``C = Σ x_t y_tᵀ`` with the outputs ``y_t``, at the scale of ``A``.
+
+    Returns:
+      The least squares solution; zero for inputs that ``A`` does not see.
+
+    Raises:
+      InputError: shapes do not match, or ``cross`` is not finite.
+    """
+    if a.scale.shape != cross.shape[:1] or cross.ndim != 2:
+        raise InputError(
+            f"cross {cross.shape} does not match a {a.matrix.shape}: expected [d_in, d_out]"
+        )
+    check_finite(cross=cross)
+    inverse = jnp.where(a.scale > 0, 1 / jnp.where(a.scale > 0, a.scale, 1), 0)[:, None]
+    return inverse * _solve(a, inverse * cross.astype(a.scale.dtype)) / (1 + a.damping)
+
+
 def kronecker_admm(
     w: Float[Array, "d_in d_out"],
     a: Float[Array, "d_in d_in"] | Factor,
@@ -469,10 +491,16 @@ def _target(scaled: Array, a: Factor, c: Array) -> Array:
     inverse = jnp.where(a.scale > 0, 1 / jnp.where(a.scale > 0, a.scale, 1), 0)
     unit = inverse[:, None] * c * inverse
     damped = (unit + a.damping * jnp.eye(c.shape[0], dtype=c.dtype)) / (1 + a.damping)
-    pulled = contract("ie,io->eo", a.vectors, contract("ij,jo->io", damped, scaled))
+    solved = _solve(a, contract("ij,jo->io", damped, scaled))
+    return jnp.where(inverse[:, None] > 0, solved, 0)
+
+
+def _solve(a: Factor, m: Array) -> Array:
+    """``A⁻¹ M`` in scaled coordinates."""
     values = a.values[:, None]
+    pulled = contract("ie,io->eo", a.vectors, m)
     solved = jnp.where(values > 0, pulled / jnp.where(values > 0, values, 1), 0)
-    return jnp.where(inverse[:, None] > 0, contract("ie,eo->io", a.vectors, solved), 0)
+    return contract("ie,eo->io", a.vectors, solved)
 
 
 def _refine(

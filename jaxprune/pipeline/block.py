@@ -15,7 +15,6 @@ from jaxprune.descent.gradual import gradual_descent, refit_descent, split_seque
 from jaxprune.descent.loop import Descent
 from jaxprune.descent.relaxations import KeepMasks, Weights
 from jaxprune.importance import Importance, column_sensitivity, feature_norms, importance
-from jaxprune.models.llama.activations import next_hidden
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import BlockWeights, block
 from jaxprune.pipeline.settings import PruneSettings
@@ -156,11 +155,6 @@ def block_settings(settings: PruneSettings, config: LlamaConfig) -> BlockSetting
     return chosen._replace(**settings.tuning)
 
 
-def _data(dense: BlockWeights, streams: Streams, settings: PruneSettings) -> PyTree:
-    target = next_hidden(dense, streams.dense, streams.config, batch=settings.batch)
-    return {"hidden": streams.pruned, "target": target}
-
-
 def _linear_maps(weights: Mapping[str, Array], names: tuple[str, ...]) -> Weights:
     return movable({name: weights[name] for name in names})
 
@@ -169,7 +163,7 @@ def block_problem(dense: BlockWeights, streams: Streams, settings: PruneSettings
     """The descent from dense weights under a mask that tightens."""
     chosen, names = block_settings(settings, streams.config), tuple(sorted(settings.names))
     weights = _linear_maps(dense._asdict(), names)
-    data = _data(dense, streams, settings)
+    data = {"hidden": streams.pruned, "target": streams.target}
     squares = mean_statistic(dense, streams, names, squared_norms, settings.batch)
     norms = {name: jnp.sqrt(value) for name, value in squares.items()}
     context = block_context(weights, split_sequences(data)[0], dense, norms, chosen)
@@ -186,7 +180,7 @@ def block_refit_problem(
         block_refit,
         chosen,
         _linear_maps(solution.weights, names),
-        _data(dense, streams, settings),
+        {"hidden": streams.pruned, "target": streams.target},
         BlockStart(dense, masks),
         names,
     )

@@ -155,6 +155,7 @@ def _prune_blocks(
     for layer in range(model.config.num_hidden_layers):
         name = f"block-{layer}"
         dense = model.block_weights(layer)
+        streams = streams.ahead(dense, settings.batch)
         work = Work(run, name, before + layer * each, report)
         work.report(0)
         rows = run.part(name, partial(_prune_block, layer, dense, streams, plan, settings, work))
@@ -267,7 +268,7 @@ def _find_masks(
     if settings.first == "gauss-newton":
         assert plan.curvature is not None
         curvature = plan.curvature[layer]
-        return block_closed_form(dense, streams, curvature, sparsity, settings.batch)
+        return block_closed_form(dense, streams, curvature, sparsity, settings)
     baseline, names = BASELINES[settings.first], settings.names
     # In one dense pass of the block, as the originals do.
     if baseline.moment is None or baseline.prune_from is None:

@@ -56,6 +56,8 @@ class PruneSettings:
       distill: steps of the distillation at the end, of all kept weights; if ``None``, the
         preset's after ``descent`` in models of up to 100 million parameters, else none.
       curvature: of the predictions, where it is needed.
+      correction: share of the residual stream's error so far that the closed form of ``all`` has
+        ``W_O`` and ``W_down`` take back.
       batch: windows at once in forward passes.
       seed: of random batches and random cotangents.
       tuning: further changes to the settings of a descent.
@@ -73,6 +75,7 @@ class PruneSettings:
     steps: int | None = None
     distill: int | None = None
     curvature: CurvatureSettings = field(default=CurvatureSettings())
+    correction: float = 0.5
     batch: int = 8
     seed: int = 0
     tuning: Mapping[str, Any] = field(default_factory=dict)
@@ -95,13 +98,17 @@ class PruneSettings:
     @property
     def needs_curvature(self) -> bool:
         """Whether the curvature of the predictions is taken before anything is pruned."""
-        closed_form = self.first == "gauss-newton" and self.targets == "all" and not self.gradual
-        return closed_form or self.allocate != "matrix"
+        return self._closed_form_of_all or self.allocate != "matrix"
 
     @property
     def needs_dense_stream(self) -> bool:
         """Whether what is done to a block depends on the dense model's activations there."""
-        return self.refits or self.gradual or not self.propagate
+        corrects = self._closed_form_of_all and self.correction > 0
+        return self.refits or self.gradual or not self.propagate or corrects
+
+    @property
+    def _closed_form_of_all(self) -> bool:
+        return self.first == "gauss-newton" and self.targets == "all" and not self.gradual
 
     @property
     def first(self) -> str:
@@ -132,6 +139,8 @@ class PruneSettings:
             raise InputError("distill: not with refit=False, which keeps the weights' values")
         if min(self.curvature) < 1:
             raise InputError(f"curvature {tuple(self.curvature)}: expected 1 or more of both")
+        if not 0 <= self.correction <= 1:
+            raise InputError(f"correction {self.correction:g}: expected a share between 0 and 1")
         if self.batch < 1:
             raise InputError(f"batch {self.batch}: expected 1 or more")
 

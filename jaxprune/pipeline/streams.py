@@ -26,12 +26,16 @@ class Streams(NamedTuple):
       pruned: of all windows.
       heldout: of the dense model on windows that no method sees.
       config: settings of the model.
+      whole: whether the dense stream is of all windows.
+      target: the dense stream after the block, where it is of all windows; see ``ahead``.
     """
 
     dense: Array
     pruned: Array
     heldout: Array
     config: LlamaConfig
+    whole: bool = True
+    target: Array | None = None
 
     @classmethod
     def start(
@@ -49,18 +53,25 @@ class Streams(NamedTuple):
             split_windows(model.embed(jnp.asarray(windows))) for windows in (tokens, heldout)
         )
         judged = split_windows(hidden[: len(heldout)])
-        return cls(hidden if whole else judged, hidden, fresh, model.config)
+        return cls(hidden if whole else judged, hidden, fresh, model.config, whole)
 
     @property
     def judged(self) -> tuple[Array, Array]:
         """Of the dense model: the first windows, as many as are held out, and those held out."""
         return split_windows(self.dense[: self.heldout.shape[0]]), self.heldout
 
+    def ahead(self, dense: BlockWeights, batch: int) -> Streams:
+        """The same, and what the dense block makes of the dense stream where that is whole."""
+        if not self.whole:
+            return self
+        return self._replace(target=next_hidden(dense, self.dense, self.config, batch=batch))
+
     def after(self, dense: BlockWeights, pruned: BlockWeights | None, batch: int) -> Streams:
         """Streams after a block; without ``pruned``, that stream is not advanced."""
         through = partial(next_hidden, config=self.config, batch=batch)
         return self._replace(
-            dense=through(dense, self.dense),
+            dense=through(dense, self.dense) if self.target is None else self.target,
+            target=None,
             pruned=self.pruned if pruned is None else through(pruned, self.pruned),
             heldout=through(dense, self.heldout),
         )

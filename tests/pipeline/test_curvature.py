@@ -11,7 +11,7 @@ from jaxprune.errors import InputError
 from jaxprune.models import llama
 from jaxprune.models.llama.modeling import INPUT_OF, Tapped, block
 from jaxprune.pipeline import CurvatureSettings, PruneSettings, prune_model
-from jaxprune.pipeline.curvature import draw, prediction_curvature
+from jaxprune.pipeline.curvature import prediction_cotangents, prediction_curvature
 from jaxprune.runs import RunFolder
 from jaxprune.sparsity import Sparsity
 
@@ -38,7 +38,7 @@ def prune(folder, **curvature):
     return model.blocks.get_value()
 
 
-def test_factors_are_sums_over_the_gradients_of_drawn_labels():
+def test_factors_are_sums_over_the_gradients_of_random_cotangents():
     """Against one gradient through the whole model, in what is added to every map's outputs."""
     config = dataclasses.replace(CONFIG, num_hidden_layers=2)
     model, key = llama.Llama(config, key=jax.random.key(0)), jax.random.key(3)
@@ -63,14 +63,15 @@ def test_factors_are_sums_over_the_gradients_of_drawn_labels():
 
     predictions = jax.nn.softmax(logits(taps)[0])
     keys = [jax.random.fold_in(key, window) for window in range(len(TOKENS))]
-    labels = jnp.stack([draw(k, p) for k, p in zip(keys, predictions, strict=True)])
+    cotangents = jnp.stack(
+        [prediction_cotangents(k, p) for k, p in zip(keys, predictions, strict=True)]
+    )
 
-    def likelihood(taps):
+    def pulled(taps):
         found, inputs = logits(taps)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(found), labels[..., None], -1)
-        return chosen.sum(), inputs
+        return jnp.sum(found * cotangents), inputs
 
-    gradients, inputs = jax.grad(likelihood, has_aux=True)(taps)
+    gradients, inputs = jax.grad(pulled, has_aux=True)(taps)
     for i in layers:
         for name, felt in found[i].items():
             g = np.asarray(gradients[i][name], np.float64)
@@ -83,12 +84,17 @@ def test_factors_are_sums_over_the_gradients_of_drawn_labels():
     assert [felt.outputs.shape for felt in found[0].values()].count((2, 12, 12)) == 2
 
 
-def test_labels_are_drawn_by_their_probabilities():
+def test_cotangents_have_the_second_moment_of_the_gradients_of_labels():
     probability = np.array([0.5, 0.0, 0.2, 0.05, 0.25], np.float32)
-    drawn = draw(jax.random.key(1), jnp.tile(probability, (20_000, 1)))
-    shares = np.bincount(drawn, minlength=5) / 20_000
-    np.testing.assert_allclose(shares, probability, atol=5 * 0.5 / np.sqrt(20_000))
-    assert shares[1] == 0
+    rows = np.tile(probability, (40_000, 1))
+    cotangents = np.asarray(prediction_cotangents(jax.random.key(1), jnp.asarray(rows)), np.float64)
+    fisher = np.diag(probability) - np.outer(probability, probability)
+    moment = cotangents.T @ cotangents / len(rows)
+    np.testing.assert_allclose(moment, fisher, atol=5 * 0.5 / np.sqrt(len(rows)))
+    np.testing.assert_allclose(cotangents.mean(axis=0), 0, atol=5 * 0.5 / np.sqrt(len(rows)))
+    # A gradient in the logits, to which adding a constant makes no difference.
+    np.testing.assert_allclose(cotangents.sum(axis=1), 0, atol=1e-6)
+    assert not cotangents[:, 1].any()
 
 
 class TakenError(Exception):
