@@ -98,6 +98,12 @@ VARIANTS = {
         "closed form, curvature in blocks of 64 outputs", _blocks(64), targets="all"
     ),
     "curvature_diagonal": Variant("closed form, curvature a diagonal", _blocks(1), targets="all"),
+    "no_correction": Variant(
+        "closed form, W_O and W_down take nothing back", _closed(correction=0.0), targets="all"
+    ),
+    "full_correction": Variant(
+        "closed form, W_O and W_down take all back", _closed(correction=1.0), targets="all"
+    ),
     # What shares the budget of zeros.
     "block_budget": Variant("closed form, one budget a block", _closed(allocate="block")),
     "model_budget": Variant("closed form, one budget for the model", _closed(allocate="model")),

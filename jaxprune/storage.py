@@ -101,9 +101,17 @@ def first_repeated(names: Iterable[str]) -> str | None:
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
-    """Write arrays as a compressed ``.npz``, whole or not at all."""
-    with replacing(path) as partial:
-        np.savez_compressed(partial, **arrays)
+    """Write arrays as a compressed ``.npz``, whole or not at all.
+
+    NumPy compresses harder, to a tenth less, and takes three times as long.
+    """
+    with (
+        replacing(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+    ):
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
 
 
 def read_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:

@@ -18,8 +18,9 @@ def share_out(
 ) -> list[dict[str, Sparsity]]:
     """Ratios by which the matrices together lose ``sparsity``, where predictions feel it least.
 
-    Entries compete by ``½ A_ii B_jj w_ij²``, the divergence of the predictions that dropping one
-    costs to first order. Totals over a block, or over the model, are those of equal ratios.
+    Entries compete by ``½ c A_ii B_jj w_ij²``, the divergence of the predictions that dropping one
+    costs to first order; ``c`` is the coupling of the matrix. Totals over a
+    block, or over the model, are those of equal ratios.
 
     What an entry costs while the others of its matrix adapt, ``½ w_ij² / ([A⁻¹]_ii [B⁻¹]_jj)``, is
     nearer to what a closed form leaves, but a worse guide: half of SmolLM2-135M had a perplexity

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprune import Sparsity
-from jaxprune.gauss_newton import QueryKeyMoments, factorise, kronecker_admm, prune_query_key_on
+from jaxprune.errors import InputError
+from jaxprune.gauss_newton import (
+    QueryKeyMoments,
+    factorise,
+    kronecker_admm,
+    prune_query_key_on,
+    ridge_solution,
+)
 from jaxprune.gauss_newton import admm as module
 
 D_IN, BLOCKS, K = 12, 3, 4
@@ -210,6 +217,27 @@ def test_a_dense_target_on_dense_inputs(x64):
         return np.trace(e @ full(b) @ e.T)
 
     assert error(np.asarray(pruned.weight)) < error(np.asarray(plain.weight))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_a_ridge_solution_is_the_damped_least_squares(x64, damping):
+    random = np.random.default_rng(4)
+    x, y = random.normal(size=(60, 7)) * np.arange(1, 8), random.normal(size=(60, 3))
+    x[:, 2] = 0  # an input without a signal
+    a, cross = x.T @ x, x.T @ y
+    found = ridge_solution(factorise(jnp.asarray(a), damping), jnp.asarray(cross))
+    seen = np.flatnonzero(np.diag(a))
+    inside = (a + damping * np.diag(np.diag(a)))[np.ix_(seen, seen)]
+    np.testing.assert_allclose(found[seen], np.linalg.solve(inside, cross[seen]), rtol=1e-9)
+    assert not found[2].any()
+
+
+@pytest.mark.parametrize(
+    ("cross", "message"), [(np.ones((4, 2)), "cross"), (np.full((3, 2), np.nan), "cross")]
+)
+def test_a_cross_moment_that_cannot_be_is_named(cross, message):
+    with pytest.raises(InputError, match=message):
+        ridge_solution(factorise(jnp.eye(3)), jnp.asarray(cross))
 
 
 def test_vmap_equals_a_loop_and_ratios_share_a_program(compiled):
