@@ -27,6 +27,7 @@ TESTS = {
     "gauss_newton/moments.py": ["tests/gauss_newton/test_moments.py"],
     "gauss_newton/residuals.py": ["tests/gauss_newton/test_moments.py"],
     "gauss_newton/admm.py": ["tests/gauss_newton/test_kronecker_admm.py"],
+    "pipeline/closed_form.py": ["tests/pipeline/test_closed_form.py"],
     "baselines/magnitude.py": ["tests/baselines/test_magnitude.py", "tests/baselines"],
     "baselines/wanda.py": ["tests/baselines/test_wanda.py", "tests/baselines"],
     "baselines/sparsegpt.py": ["tests/baselines/test_sparsegpt.py", "tests/baselines"],
@@ -157,6 +158,13 @@ MUTANTS = [
     ),
     Mutant("allocation.py", "missing = drop - int(here.sum())", "missing = 0"),
     Mutant("allocation.py", "np.clip(below, least[:, None], most[:, None])", "below"),
+    # What the maps that write to the stream take back.
+    Mutant("gauss_newton/admm.py", "inverse * cross.astype", "cross.astype"),
+    Mutant("gauss_newton/admm.py", ") / (1 + a.damping)\n\n\ndef kron", ")\n\n\ndef kron"),
+    Mutant("pipeline/closed_form.py", "error = target[1] - after", "error = after - target[1]"),
+    Mutant("pipeline/closed_form.py", "target[0] - hidden + contract(", "contract("),
+    Mutant("pipeline/closed_form.py", "settings.correction * ridge", "ridge"),
+    Mutant("pipeline/closed_form.py", "return share * mean", "return mean"),
 ]
 
 

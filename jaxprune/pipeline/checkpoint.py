@@ -340,7 +340,8 @@ def _finished_before(out: Path, request: PruneRequest) -> bool:
 
 
 def _plan(settings: PruneSettings, config: llama.LlamaConfig, fit: Windows, fresh: Windows) -> str:
-    dense = fit.tokens.size if settings.needs_dense_stream else fresh.tokens.size
+    # Where the dense stream is whole, what the block at hand makes of it is held beside it.
+    dense = 2 * fit.tokens.size if settings.needs_dense_stream else fresh.tokens.size
     hidden = 4 * config.hidden_size * (dense + fit.tokens.size + fresh.tokens.size)
     line = (
         f"{settings.method} on {', '.join(settings.names)} of {config.num_hidden_layers} blocks; "

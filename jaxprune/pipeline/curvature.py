@@ -26,9 +26,6 @@ from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, Llama, Tapped, block
 from jaxprune.pipeline.settings import CurvatureSettings
 
-# Every so-manieth token tells how inputs and gradients depend on each other.
-_COUPLING_STRIDE = 4
-
 
 class MapCurvature(NamedTuple):
     """What the predictions feel of the outputs of one linear map, by windows.
@@ -36,24 +33,15 @@ class MapCurvature(NamedTuple):
     Attributes:
       outputs: blocks of ``B``, a mean over windows.
       input_squares: mean of ``x_ti²`` over tokens, on the dense model's activations.
-      coupling: ``Σ_t Σ_ij x_ti² w_ij² g_tj²`` by what ``A_ii B_jj`` make of it; one where inputs
-        and gradients do not depend on each other.
     """
 
     outputs: Float[Array, "p k k"]
     input_squares: Float[Array, " d_in"]
-    coupling: Float[Array, ""]
 
     def saliency(self, w: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
-        """``½ c A_ii B_jj w_ij²``, nats a window that dropping an entry costs, to first order.
-
-        ``c``, the coupling, makes matrices comparable: on the first blocks of SmolLM2-135M tokens
-        with large inputs have large gradients too, and the factors alone promise half of what
-        is lost there.
-        """
+        """``½ A_ii B_jj w_ij²``, nats a window that dropping an entry costs, to first order."""
         outputs = jnp.diagonal(self.outputs, axis1=-2, axis2=-1).reshape(-1)
-        squares = jnp.square(w.astype(outputs.dtype))
-        return 0.5 * self.coupling * self.input_squares[:, None] * outputs * squares
+        return 0.5 * self.input_squares[:, None] * outputs * jnp.square(w.astype(outputs.dtype))
 
 
 Curvature = list[dict[str, MapCurvature]]
@@ -101,42 +89,22 @@ def prediction_curvature(
                 model.block_weights(layer), hidden.pop(), gradient, sums[layer], config
             )
         progress(number + 1)
-    blocks = model.blocks.get_value()
     return [
         {
-            name: _means(sums[layer][name], getattr(blocks, name)[layer], windows, tokens.size)
+            name: MapCurvature(sums[layer][name][0] / windows, sums[layer][name][1] / tokens.size)
             for name in names
         }
         for layer in layers
     ]
 
 
-class _Sums(NamedTuple):
-    """Over tokens: ``g gᵀ`` in blocks, ``x_i²``, and ``x_i² w_ij² g_j²`` over entries too."""
-
-    outputs: Array
-    input_squares: Array
-    coupled: Array
-
-
-def _zeros(model: Llama, names: tuple[str, ...], full: int) -> dict[str, _Sums]:
+def _zeros(model: Llama, names: tuple[str, ...], full: int) -> dict[str, tuple[Array, Array]]:
     sums = {}
     for name in names:
         d_in, d_out = getattr(model.blocks.get_value(), name).shape[1:]
         blocks = output_blocks(d_out, full)
-        outputs = jnp.zeros((blocks, d_out // blocks, d_out // blocks))
-        sums[name] = _Sums(outputs, jnp.zeros(d_in), jnp.zeros(()))
+        sums[name] = (jnp.zeros((blocks, d_out // blocks, d_out // blocks)), jnp.zeros(d_in))
     return sums
-
-
-@partial(jax.jit, static_argnames=("windows", "tokens"))
-def _means(sums: _Sums, w: Array, windows: int, tokens: int) -> MapCurvature:
-    felt = MapCurvature(sums.outputs / windows, sums.input_squares / tokens, jnp.ones(()))
-    # Twice the saliency is what the factors make of the sum.
-    expected = 2 * jnp.sum(felt.saliency(w))
-    known = expected > 0
-    coupling = jnp.where(known, sums.coupled / windows / jnp.where(known, expected, 1), 1)
-    return felt._replace(coupling=coupling)
 
 
 def prediction_cotangents(
@@ -176,9 +144,9 @@ def _through_block(
     weights: BlockWeights,
     hidden: Float[Array, "b n d"],
     gradient: Float[Array, "b n d"],
-    sums: dict[str, _Sums],
+    sums: dict[str, tuple[Array, Array]],
     config: LlamaConfig,
-) -> tuple[Array, dict[str, _Sums]]:
+) -> tuple[Array, dict[str, tuple[Array, Array]]]:
     """Gradient before a block, and sums that its maps add to."""
     lead = hidden.shape[:2]
 
@@ -192,17 +160,12 @@ def _through_block(
     _, pull, inputs = jax.vjp(through, hidden, taps, has_aux=True)
     before, outputs = pull(gradient)
     after = {}
-    for name, before_it in sums.items():
+    for name, (square, input_squares) in sums.items():
         kind = accumulation_dtype(outputs[name])
-        g = outputs[name].astype(kind)
+        g = outputs[name].astype(kind).reshape(-1, *square.shape[:2])
         x = getattr(inputs, INPUT_OF[name]).astype(kind)
-        split = g.reshape(-1, *before_it.outputs.shape[:2])
-        few = slice(None, None, _COUPLING_STRIDE)
-        seen = contract("bni,io->bno", x[:, few] ** 2, getattr(weights, name).astype(kind) ** 2)
-        coupled = jnp.sum(seen * g[:, few] ** 2) * (x.shape[1] / seen.shape[1])
-        after[name] = _Sums(
-            before_it.outputs + contract("tpk,tpl->pkl", split, split),
-            before_it.input_squares + jnp.sum(x**2, axis=(0, 1)),
-            before_it.coupled + coupled,
+        after[name] = (
+            square + contract("tpk,tpl->pkl", g, g),
+            input_squares + jnp.sum(x**2, axis=(0, 1)),
         )
     return before, after

@@ -433,7 +433,6 @@ def test_budgets_of_a_model(seed, allocation, ratio, dead, bad):
             name: MapCurvature(
                 jnp.asarray([np.eye(k) * (dead not in ("outputs", "everything"))] * (width // k)),
                 jnp.asarray(draw.random(rows) * (dead not in ("inputs", "everything"))),
-                jnp.asarray(draw.random() + 0.5),
             )
             for name, (rows, width) in sizes.items()
             for k in (4,)
@@ -442,9 +441,7 @@ def test_budgets_of_a_model(seed, allocation, ratio, dead, bad):
     ]
     if bad is not None:
         blocks["wk"] = blocks["wk"].at[1, 0, 0].set(bad)
-        curvature[1]["wk"] = MapCurvature(
-            jnp.full((1, 4, 4), 10.0), jnp.full(6, 10.0), jnp.ones(())
-        )
+        curvature[1]["wk"] = MapCurvature(jnp.full((1, 4, 4), 10.0), jnp.full(6, 10.0))
     model = SimpleNamespace(blocks=SimpleNamespace(get_value=lambda: SimpleNamespace(**blocks)))
     settings = PruneSettings("wanda", "qk", Sparsity(ratio), allocate=allocation)
     if bad is not None:

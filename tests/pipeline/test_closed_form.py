@@ -33,7 +33,7 @@ def layer():
     keys = jax.random.split(jax.random.key(0), 3)
     dense = llama.Llama(CONFIG, key=keys[0]).block_weights(0)
     curvature = {
-        name: MapCurvature(jnp.eye(w.shape[1])[None], jnp.ones(w.shape[0]), jnp.ones(()))
+        name: MapCurvature(jnp.eye(w.shape[1])[None], jnp.ones(w.shape[0]))
         for name in INPUT_OF
         for w in [getattr(dense, name)]
     }

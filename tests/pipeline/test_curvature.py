@@ -81,11 +81,6 @@ def test_factors_are_sums_over_the_gradients_of_random_cotangents():
                 np.testing.assert_allclose(outputs, expected, rtol=1e-3, atol=1e-6)
             squares = np.square(getattr(inputs[i], INPUT_OF[name])).mean(axis=(0, 1))
             np.testing.assert_allclose(felt.input_squares, squares, rtol=1e-4)
-            # What dropping an entry costs by the gradients of every fourth token, over all entries.
-            x = np.asarray(getattr(inputs[i], INPUT_OF[name]), np.float64)[:, ::4]
-            w = getattr(model.block_weights(i), name)
-            lost = np.einsum("bti,io,bto->", x**2, np.square(w), g[:, ::4] ** 2) * 4 / len(TOKENS)
-            np.testing.assert_allclose(2 * felt.saliency(w).sum(), lost, rtol=1e-3)
     assert [felt.outputs.shape for felt in found[0].values()].count((2, 12, 12)) == 2
 
 
