@@ -45,7 +45,7 @@ def layer():
 def solve(layer, streams=None, sparsity=0.5, **changes):
     """Weights of the block's maps."""
     dense, curvature, found = layer
-    settings = PruneSettings("gauss-newton", "all", Sparsity(sparsity), batch=4, **changes)
+    settings = PruneSettings("gauss-newton", "all", Sparsity.parse(sparsity), batch=4, **changes)
     ratios = dict.fromkeys(INPUT_OF, settings.sparsity)
     return block_closed_form(dense, streams or found, curvature, ratios, settings)
 
@@ -94,6 +94,15 @@ def test_a_stream_without_error_leaves_nothing_to_take_back(layer):
     for name in set(INPUT_OF) - {"w_down"}:
         np.testing.assert_allclose(corrected[name], plain[name], rtol=1e-4, atol=1e-6)
     assert not np.allclose(corrected["w_down"], plain["w_down"], rtol=1e-2)
+
+
+def test_outputs_that_are_hardly_felt_do_not_make_up_for_others(layer):
+    dense, curvature, streams = layer
+    gradients = np.random.default_rng(0).normal(size=(50, dense.wv.shape[1])).astype(np.float32)
+    gradients[:, -1] = 1e-5 * gradients[:, 0]
+    unfelt = MapCurvature(jnp.asarray(gradients.T @ gradients)[None], curvature["wv"].input_squares)
+    found = solve((dense, curvature | {"wv": unfelt}, streams), sparsity="2:4").weights["wv"]
+    assert jnp.linalg.norm(found[:, -1]) < 2 * jnp.linalg.norm(dense.wv[:, -1])
 
 
 def test_without_a_correction_no_dense_stream_is_needed(layer):
