@@ -164,7 +164,7 @@ def ridge_solution(a: Factor, cross: Float[Array, "d_in d_out"]) -> Float[Array,
             f"cross {cross.shape} does not match a {a.matrix.shape}: expected [d_in, d_out]"
         )
     check_finite(cross=cross)
-    inverse = jnp.where(a.scale > 0, 1 / jnp.where(a.scale > 0, a.scale, 1), 0)[:, None]
+    inverse = _inverse_scale(a)[:, None]
     return inverse * _solve(a, inverse * cross.astype(a.scale.dtype)) / (1 + a.damping)
 
 
@@ -488,11 +488,16 @@ def _by_block(equation: str, m: Float[Array, "d d_out"], blocks: Array) -> Array
 
 def _target(scaled: Array, a: Factor, c: Array) -> Array:
     """``A⁻¹ C W`` in scaled coordinates, ``C`` damped as ``A`` is."""
-    inverse = jnp.where(a.scale > 0, 1 / jnp.where(a.scale > 0, a.scale, 1), 0)
+    inverse = _inverse_scale(a)
     unit = inverse[:, None] * c * inverse
     damped = (unit + a.damping * jnp.eye(c.shape[0], dtype=c.dtype)) / (1 + a.damping)
     solved = _solve(a, contract("ij,jo->io", damped, scaled))
     return jnp.where(inverse[:, None] > 0, solved, 0)
+
+
+def _inverse_scale(a: Factor) -> Float[Array, " d"]:
+    """``S``, zero for inputs that ``A`` does not see."""
+    return jnp.where(a.scale > 0, 1 / jnp.where(a.scale > 0, a.scale, 1), 0)
 
 
 def _solve(a: Factor, m: Array) -> Array:
