@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_llama import CONFIG
 
 from jaxprune.errors import InputError
 from jaxprune.models import llama
@@ -14,16 +15,6 @@ from jaxprune.pipeline.curvature import MapCurvature
 from jaxprune.pipeline.streams import Streams
 from jaxprune.sparsity import Sparsity
 
-CONFIG = llama.LlamaConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    tie_word_embeddings=True,
-)
 DAMPING = 0.01
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_llama import CONFIG
 
 from jaxprune.errors import InputError
 from jaxprune.models import llama
@@ -15,16 +16,6 @@ from jaxprune.pipeline.curvature import prediction_cotangents, prediction_curvat
 from jaxprune.runs import RunFolder
 from jaxprune.sparsity import Sparsity
 
-CONFIG = llama.LlamaConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    tie_word_embeddings=True,
-)
 TOKENS = np.random.default_rng(0).integers(0, 40, (4, 12)).astype(np.int32)
 
 
