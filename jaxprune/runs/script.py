@@ -224,21 +224,31 @@ def _interrupts_kept() -> Iterator[None]:
 def _ended_as_interrupted() -> Iterator[None]:
     """SIGTERM and SIGHUP, which would end the process amid a write, as KeyboardInterrupt.
 
-    A signal that is ignored, as ``nohup`` does, stays so.
+    So is whatever error comes of an interrupt: it may fall where a library makes another of it,
+    such as between the opening of an archive's entry and its block. A signal that is ignored, as
+    ``nohup`` does, stays so.
     """
     before: dict[signal.Signals, Any] = {}
+    came = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
         for each in before:  # what is being written is to be cleared away undisturbed
-            signal.signal(each, signal.SIG_IGN)
+            if each != signal.SIGINT:  # the user's own way out, should that take long
+                signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, interrupt)
     try:
         yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

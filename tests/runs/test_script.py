@@ -126,6 +126,24 @@ def test_an_interruption_says_how_to_go_on_and_is_status_130(run):
     assert err == "tool.py: interrupted; the same command with --resume continues\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_of_which_a_library_makes_another_error_is_one(run, number):
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}[number]
+    before = signal.signal(number, usual)  # in the background interrupts are ignored
+
+    def body(config):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            # The archive's own, where the interrupt falls on an entry's opening.
+            raise ValueError("Can't close the ZIP file") from None
+
+    status, _, _, err = run([], body)
+    assert status == 130
+    assert err == "tool.py: interrupted; the same command with --resume continues\n"
+    assert signal.signal(number, before) is usual
+
+
 def test_a_second_interruption_does_not_disturb_the_exit(tmp_path):
     code = """
 import atexit, os, signal, sys, time
