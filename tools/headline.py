@@ -1,4 +1,4 @@
-"""Tables of pages from saved metrics, those of ``ablation.py`` or of ``real.py``.
+"""Tables of pages from saved metrics of ``ablation.py``, ``real.py`` and the paper's experiments.
 
 The table is printed. With ``--write`` it is put between the markers of a page, and the run's
 metrics and settings are copied to a folder in ``docs``, from where the table can be written again
@@ -7,10 +7,12 @@ without the run.
 Example:
   python tools/headline.py --run runs/headline --write
   python tools/headline.py --run docs/smollm2 --page README.md --rows 'all-0.5-*' --brief --write
+  python tools/headline.py --run runs/synthetic --page docs/results.md --write
 """
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import sys
@@ -23,6 +25,7 @@ import pandas as pd
 
 from jaxprune.errors import InputError
 from jaxprune.evaluation import rows
+from jaxprune.runs import plotting
 from jaxprune.runs.flags import Flag, Maybe, Several
 from jaxprune.runs.folder import keep_record
 from jaxprune.runs.metrics import Columns, drawing_again, read_metrics
@@ -47,6 +50,14 @@ COLUMNS = Columns(
 )
 SETTINGS = {"model": str, "calibration": str, "windows": int, "seqlen": int, "seeds": int}
 OPTIONAL = {"text": str | None, "steps": int | None}
+# Where a run's means over seeds or heads are, of which a page shows some.
+SUMMARY = "summary.csv"
+FIGURE2 = Columns(
+    ("exponent", "k", "calibration", "calibration_se", "heldout", "heldout_se"),
+    texts=("setting", "method"),
+)
+FIGURE3 = Columns(("ratio", "heldout", "heldout_p10", "heldout_p90"), texts=("method",))
+FUSED = Columns(("ratio", "perplexity"), texts=("method", "corpus"))
 REAL_SETTINGS = {"eval_windows": int, "eval_seqlen": int, "heldout": int}
 # Part of the dense perplexity below which what Wanda adds is not compared with.
 _SOMETHING = 0.01
@@ -60,7 +71,8 @@ class Config:
     """
 
     run: Path = Path("docs/headline")
-    """folder of a finished run of ablation.py or real.py, or what is kept of it"""
+    """folder of a finished run of ablation.py, real.py, synthetic.py, llama_heads.py or
+    fused_perplexity.py, or what is kept of it"""
     write: Flag = False
     """put the table between the markers of --page, and keep the run in --saved"""
     page: Path = Path("README.md")
@@ -88,7 +100,7 @@ def settings_of(run: Path, also: Mapping[str, type]) -> dict[str, Any]:
 
 
 def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) -> str:
-    """The table of a run of either script, by the columns of its metrics.
+    """The table of a run, by the columns of its metrics.
 
     Metrics without methods, such as those of another program, are shown as they are.
 
@@ -97,10 +109,14 @@ def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) ->
       patterns: of the rows of a run of real.py.
       brief: few columns and one sentence, of a run of real.py.
     """
-    metrics = read_metrics(run)
+    metrics = read_metrics(run, table=record_of(run))
+    if (patterns or brief) and "row" not in metrics:
+        raise InputError(f"{'rows' if patterns else 'brief'}: only of a run of real.py")
+    for columns, shown_by in ((FIGURE2, figure2), (FIGURE3, figure3), (FUSED, fused)):
+        if {*columns.numbers, *columns.texts} <= set(metrics):
+            columns.check(metrics, f"{run / record_of(run)}")
+            return shown_by(metrics)
     if "variant" in metrics:
-        if patterns or brief:
-            raise InputError(f"{'rows' if patterns else 'brief'}: only of a run of real.py")
         COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
         return table(metrics, settings_of(run, {}))
     if "method" not in metrics:
@@ -113,6 +129,63 @@ def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) ->
     if brief:
         return brief_table(shown, settings)
     return real_table(shown, settings, read_json(run / "environment.json"))
+
+
+def record_of(run: Path) -> str:
+    """The file of a run that its page is written from."""
+    return SUMMARY if (run / SUMMARY).is_file() else "metrics.csv"
+
+
+def figure2(summary: pd.DataFrame) -> str:
+    """The paper's Figure 2 at one length and ratio, from the summary of synthetic.py."""
+    lines = []
+    for method, there in summary.groupby("method", sort=False):
+        line = {"method": _named(str(method))}
+        for _, row in there.iterrows():
+            exponent = f", exponent {row['exponent']:g}" * bool(row["exponent"])
+            errors = (_measured(row[n], row[f"{n}_se"]) for n in ("calibration", "heldout"))
+            line[f"`{row['setting']}`{exponent}, k = {row['k']}"] = " / ".join(errors)
+        lines.append(line)
+    return _markdown(lines)
+
+
+def figure3(summary: pd.DataFrame) -> str:
+    """The paper's Figure 3, from the summary of llama_heads.py: mean and deciles of heads."""
+    lines = []
+    for method, there in summary.groupby("method", sort=False):
+        line = {"method": _named(str(method))}
+        for _, row in there.sort_values("ratio").iterrows():
+            spread = f"{row['heldout_p10']:.2g}–{row['heldout_p90']:.2g}"
+            line[f"{row['ratio']:.4g}"] = f"{row['heldout']:.2g} ({spread})"
+        lines.append(line)
+    return _markdown(lines)
+
+
+def fused(metrics: pd.DataFrame) -> str:
+    """Perplexities of fused_perplexity.py, a column for each ratio."""
+    lines = []
+    for method, there in metrics.groupby("method", sort=False):
+        line = {"method": _named(str(method))}
+        for _, row in there.iterrows():
+            line[f"{row['ratio']:g}"] = f"{row['perplexity']:.2f}"
+        lines.append(line)
+    return _markdown(lines)
+
+
+def _named(method: str) -> str:
+    """A method as figures name it."""
+    label = method if method == rows.DENSE else plotting.style(method).label
+    return re.sub(r"\$(\w+)\$", r"`\1`", label)
+
+
+def _measured(mean: float, error: float) -> str:
+    """A mean and its standard error, to two digits of the error."""
+    digits = 1 - math.floor(math.log10(error)) if error > 0 else 3
+    return f"{mean:.{max(digits, 0)}f} ± {error:.{max(digits, 0)}f}"
+
+
+def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
+    return pd.DataFrame(lines).fillna("").to_markdown(index=False, disable_numparse=True)
 
 
 def brief_table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
@@ -188,7 +261,7 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
                     "on calibration": rows.spread(here["calibration_error"]),
                 }
             )
-    shown = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    shown = _markdown(lines)
     text = config["text"] or config["calibration"]
     steps = "the preset's" if config["steps"] is None else config["steps"]
     return (
@@ -244,7 +317,7 @@ def body(config: Config) -> None:
         raise InputError(f"--page {config.page}: not text in UTF-8") from None
     options = options_of(config.rows, brief=config.brief)
     page = replaced(page, text, saved.name, config.page, options)
-    keep_record(config.run, saved, "saved")
+    keep_record(config.run, saved, "saved", metrics=record_of(config.run))
     with replacing(config.page) as partial:
         partial.write_text(page, encoding="utf-8")
 

@@ -333,27 +333,26 @@ def figures_of(folder: Path) -> Path:
     return figures
 
 
-_RECORD = ("metrics.csv", "config.json", "environment.json")
-
-
-def keep_record(run: Path, folder: Path, name: str) -> None:
+def keep_record(run: Path, folder: Path, name: str, *, metrics: str = "metrics.csv") -> None:
     """Copy what tables are written from, and hashes of inputs, to a folder that lasts.
 
     Args:
       run: folder of a finished run.
       folder: where to.
       name: of the argument that names it.
+      metrics: file that tables are written from.
 
     Raises:
       InputError: the run has no metrics or no settings, or the folder cannot be written.
     """
-    for file in _RECORD:
+    record = (metrics, "config.json", "environment.json")
+    for file in record:
         if not (run / file).is_file():
             raise InputError(f"{run}: has no {file}")
     check_writable(folder, name)
     if run.resolve() == folder.resolve():
         return
-    for file in (*_RECORD, "inputs.json"):
+    for file in (*record, "inputs.json"):
         if (run / file).is_file():
             shutil.copyfile(run / file, folder / file)
 

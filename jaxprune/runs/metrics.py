@@ -54,17 +54,20 @@ def _check_present(metrics: pd.DataFrame, names: Iterable[str], where: str) -> N
         raise InputError(f"{where}: {what}; not the metrics of this script, or damaged")
 
 
-def read_metrics(folder: Path, columns: Columns | Sequence[str] = ()) -> pd.DataFrame:
+def read_metrics(
+    folder: Path, columns: Columns | Sequence[str] = (), *, table: str = "metrics.csv"
+) -> pd.DataFrame:
     """The metrics of a run folder.
 
     Args:
       folder: of the run.
       columns: that must be there, by name or with what they must hold.
+      table: file that holds them.
 
     Raises:
       InputError: there are none, or the file is damaged or another script's.
     """
-    file = Path(folder) / "metrics.csv"
+    file = Path(folder) / table
     if not file.is_file():
         raise InputError(f"{file}: no such file; run the experiment first")
     try:

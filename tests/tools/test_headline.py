@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from jaxprune.errors import InputError
 from jaxprune.runs.flags import parse_flags
 
 
@@ -169,6 +170,70 @@ def test_metrics_of_another_program_are_shown_as_they_are(headline, tmp_path):
         ["|", "model", "|", "accuracy", "|"],
         ["|", "dense", "|", "0.5", "|"],
     ]
+
+
+def cells_of(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+def saved_run(folder, file, rows):
+    """What tables are written from, of one of the paper's experiments."""
+    folder.mkdir()
+    pd.DataFrame(rows).to_csv(folder / file, index=False)
+    for name in ("config.json", "environment.json"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_figure_2_is_written_from_the_summary(headline, tmp_path):
+    errors = {"calibration": 0.0123, "calibration_se": 0.0045, "heldout": 1.5, "heldout_se": 0.25}
+    at = [
+        {"setting": "soft", "exponent": 0.0, "k": 4},
+        {"setting": "correlated", "exponent": 1.0, "k": 8},
+    ]
+    rows = [{**where, **errors, "method": m} for where in at for m in ("algorithm1", "wanda")]
+    rows[-1] |= {"heldout": 0.2, "heldout_se": 0.0}
+    run, page = saved_run(tmp_path / "synthetic", "summary.csv", rows), tmp_path / "results.md"
+    header, _, first, second = cells_of(headline.table_of(run))
+    assert header == ["method", "`soft`, k = 4", "`correlated`, exponent 1, k = 8"]
+    assert first == ["Algorithm 1", *["0.0123 ± 0.0045 / 1.50 ± 0.25"] * 2]
+    assert second[0] == "Wanda on `W_Q`, `W_K`"
+    assert second[2] == "0.0123 ± 0.0045 / 0.200 ± 0.000"
+    page.write_text("{}\n{}\n".format(*headline.markers("synthetic")))
+    saved = tmp_path / "docs" / "synthetic"
+    assert headline.main(flags(run, page, saved)) == 0
+    assert {f.name for f in saved.iterdir()} == {"summary.csv", "config.json", "environment.json"}
+    assert "1.50 ± 0.25" in page.read_text()
+
+
+def test_figure_3_is_written_from_the_summary(headline, tmp_path):
+    rows = [
+        {"method": "wanda", "ratio": 0.7, "heldout": 0.5},
+        {"method": "wanda", "ratio": 0.5, "heldout": 0.25},
+        {"method": "gauss_newton", "ratio": 0.7, "heldout": 0.0123},
+    ]
+    rows = [row | {"heldout_p10": 0.01, "heldout_p90": 2.5} for row in rows]
+    header, _, *lines = cells_of(headline.table_of(saved_run(tmp_path / "h", "summary.csv", rows)))
+    assert header == ["method", "0.5", "0.7"]
+    assert lines == [
+        ["Wanda on `W_Q`, `W_K`", "0.25 (0.01–2.5)", "0.5 (0.01–2.5)"],
+        ["Gauss-Newton, closed form", "", "0.012 (0.01–2.5)"],
+    ]
+
+
+def test_fused_perplexities_are_written_from_the_metrics(headline, tmp_path):
+    rows = [
+        {"method": "dense", "ratio": 0.0, "perplexity": 6.614},
+        {"method": "algorithm1_rope", "ratio": 0.5, "perplexity": 7.018},
+    ]
+    rows = [row | {"corpus": "text"} for row in rows]
+    run = saved_run(tmp_path / "fused", "metrics.csv", rows)
+    assert cells_of(headline.table_of(run))[2:] == [
+        ["dense", "6.61", ""],
+        ["Algorithm 1, on the logits with RoPE", "", "7.02"],
+    ]
+    with pytest.raises(InputError, match="brief: only of a run of real"):
+        headline.table_of(run, brief=True)
 
 
 def test_the_pages_with_tables_are_these():
