@@ -20,7 +20,8 @@ from jaxprune import hub
 from jaxprune.baselines import BASELINES
 from jaxprune.models.llama.checkpoint import TABLE
 from jaxprune.models.llama.config import LlamaConfig
-from jaxprune.models.llama.files import CARD_FILE, LICENCE_FILES, hub_name
+from jaxprune.models.llama.files import CARD_FILE, LICENCE_FILES
+from jaxprune.models.llama.sources import hub_name
 from jaxprune.pipeline.model import descent_steps, distillation_steps
 from jaxprune.pipeline.settings import PruneSettings
 from jaxprune.text.corpora import NAMED

@@ -9,8 +9,8 @@ from jaxprune.models.llama.config import (
     check_length,
     inverse_frequencies,
 )
-from jaxprune.models.llama.files import locate
 from jaxprune.models.llama.modeling import BlockWeights, LinearInputs, Llama, block, parameter_count
+from jaxprune.models.llama.sources import locate
 
 __all__ = [
     "BlockWeights",

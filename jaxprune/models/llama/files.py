@@ -1,4 +1,4 @@
-"""The files of a Hugging Face checkpoint: where they are, which tensors they hold.
+"""The files of a Hugging Face checkpoint: which there are, which tensors they hold.
 
 Only safetensors are read, never pickles. A file is opened anew for every tensor, because a
 memory-mapped file counts as memory for as far as it was read.
@@ -18,9 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxprune import hub
 from jaxprune.errors import InputError
-from jaxprune.models.zoo import ZOO
 from jaxprune.storage import first_repeated, hashes, read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -30,7 +28,7 @@ CARD_FILE = "README.md"
 LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 # Files besides the weights that make a checkpoint and are carried over to a new one.
-_CARRIED = (
+CARRIED = (
     "config.json",
     "generation_config.json",
     INDEX_FILE,
@@ -43,41 +41,6 @@ _CARRIED = (
     "*.jinja",
     *LICENCE_FILES,
 )
-
-
-def locate(model: str | Path) -> Path:
-    """The folder of a checkpoint.
-
-    Args:
-      model: ``zoo`` (the embedded model), a folder, a GGUF file (converted once, see ``gguf``),
-        or a repository ``owner/name`` of the hub.
-
-    Raises:
-      InputError: there is none.
-    """
-    if str(model) == "zoo":
-        return ZOO
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if folder.suffix.lower() == ".gguf":
-        from jaxprune.models.llama import gguf  # which needs this module
-
-        return gguf.converted(folder)
-    if folder.exists():
-        raise InputError(
-            f"{model}: is not a file that holds a model; give a folder with config.json or a .gguf"
-        )
-    if isinstance(model, str) and hub_name(model) is not None:
-        return hub.fetch_model(model, [*_CARRIED, CARD_FILE, "*.safetensors"])
-    raise InputError(
-        f"{model}: no such folder; give zoo, a folder, a .gguf, or owner/name on the hub"
-    )
-
-
-def hub_name(model: str) -> str | None:
-    """The repository on the hub that ``locate`` takes a name for; ``None`` for what is here."""
-    return model if hub.is_repository(model) and not Path(model).exists() else None
 
 
 class StoredTensor(NamedTuple):
@@ -241,7 +204,7 @@ def checkpoint_hashes(folder: Path) -> dict[str, str]:
 
 def copy_carried(source: Path, target: Path) -> None:
     """Copy configuration and tokenizer files from one checkpoint folder to another."""
-    for pattern in _CARRIED:
+    for pattern in CARRIED:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
