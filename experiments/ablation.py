@@ -3,7 +3,7 @@
 Each variant prunes the model, at every sparsity and seed, in a process of its own, and is judged on
 text that it was not calibrated on: relative error of the attention matrices, Kullback-Leibler
 divergence of the predictions from the dense model's, and perplexity less that of the dense model,
-with the time and memory that it took. The divergence is the quietest of the three.
+with the time and memory that it took. That divergence is the quietest of the three.
 
 ``--start dense`` is the ablation of version 0.1, whose descent began from dense weights.
 
@@ -147,7 +147,7 @@ _EARLIER = (
     *("wanda", "sparsegpt", "magnitude"),
 )
 MEASURES = {
-    "divergence": "divergence (nats)",
+    "divergence": "KL divergence (nats)",
     "perplexity_gap": "perplexity above the dense model's",
     "heldout_error": "held-out attention error",
     "seconds": "seconds",
@@ -366,7 +366,7 @@ def draw(metrics: pd.DataFrame) -> plt.Figure:
         cell.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         cell.xaxis.set_minor_formatter(ticker.NullFormatter())
         cell.set_title(f"sparsity {sparsity}")
-        cell.set_xlabel("divergence from the dense model (nats)")
+        cell.set_xlabel("KL divergence from the dense model (nats)")
     axes[0, 0].set_yticks(range(len(variants)), [VARIANTS[v].description for v in variants])
     axes[0, 0].invert_yaxis()
     return figure

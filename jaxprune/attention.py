@@ -187,12 +187,12 @@ def rotary_embedding(
     """
     if positions is None:
         positions = jnp.arange(x.shape[-2])
-    wide = accumulation_dtype(x)
-    angles = positions[:, None].astype(wide) * inverse_frequencies.astype(wide)
+    dtype = accumulation_dtype(x)
+    angles = positions[:, None].astype(dtype) * inverse_frequencies.astype(dtype)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if factor is not None:
-        cos, sin = (turn * jnp.asarray(factor, wide) for turn in (cos, sin))
-    first, second = jnp.split(x.astype(wide), 2, axis=-1)
+        cos, sin = (turn * jnp.asarray(factor, dtype) for turn in (cos, sin))
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 

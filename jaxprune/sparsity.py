@@ -210,9 +210,9 @@ def keep_highest(
 
 def _ordered_bits(scores: Array) -> Array:
     """Unsigned integers that compare as the floats do (after adding minus zero to zero)."""
-    wide = scores.astype(accumulation_dtype(scores))
-    wide = jnp.where(wide == 0, jnp.zeros_like(wide), wide)
-    unsigned = jnp.uint64 if wide.dtype == jnp.float64 else jnp.uint32
-    bits = lax.bitcast_convert_type(lax.stop_gradient(wide), unsigned)
+    upcast = scores.astype(accumulation_dtype(scores))
+    upcast = jnp.where(upcast == 0, jnp.zeros_like(upcast), upcast)
+    unsigned = jnp.uint64 if upcast.dtype == jnp.float64 else jnp.uint32
+    bits = lax.bitcast_convert_type(lax.stop_gradient(upcast), unsigned)
     sign = jnp.ones((), unsigned) << (jnp.iinfo(unsigned).bits - 1)
     return jnp.where(bits & sign, ~bits, bits | sign)

@@ -91,7 +91,7 @@ MUTANTS = [
     Mutant("sparsity.py", "return math.floor(", "return math.ceil("),
     Mutant("sparsity.py", "* (self.m - self.n)", "* self.n"),
     Mutant("sparsity.py", "jnp.where(bits & sign, ~bits, bits | sign)", "bits | sign"),
-    Mutant("sparsity.py", "jnp.where(wide == 0, jnp.zeros_like(wide), wide)", "wide"),
+    Mutant("sparsity.py", "jnp.where(upcast == 0, jnp.zeros_like(upcast), upcast)", "upcast"),
     Mutant(
         "sparsity.py",
         "(scores.T, _drop(sparsity, d_in, fraction)).T",
@@ -115,7 +115,7 @@ MUTANTS = [
     Mutant(
         "baselines/sparsegpt.py", 'weight - contract("bj,bo->jo"', 'weight + contract("bj,bo->jo"'
     ),
-    Mutant("baselines/sparsegpt.py", "/ wide.shape[0]", "/ 1"),
+    Mutant("baselines/sparsegpt.py", "/ upcast.shape[0]", "/ 1"),
     Mutant("baselines/sparsegpt.py", "jnp.maximum(state.damping, 1e-3) * 10", "state.damping"),
     Mutant("baselines/sparsegpt.py", "jnp.where(dead[:, None], 0, weight)", "weight"),
     # Curvature, its solver, the budget.

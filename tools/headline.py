@@ -208,7 +208,7 @@ def real_table(metrics: pd.DataFrame, config: dict[str, Any], environment: dict[
     return (
         f"{rows.table(metrics)}\n\n"
         f"`{config['model']}`, calibrated on {config['windows']} windows of {config['seqlen']} "
-        f"tokens of `{config['calibration']}`; perplexity and divergence from the dense model's "
+        f"tokens of `{config['calibration']}`; perplexity and KL divergence from the dense model's "
         f"predictions on windows of {config['eval_seqlen']} tokens of `{text}`, at most "
         f"{config['eval_windows']}; attention error: mean over heads, held-out on "
         f"{config['heldout']} windows more. Budget: what shares the budget of zeros. Retraining: "
@@ -231,7 +231,7 @@ def _shares_of_wanda(metrics: pd.DataFrame) -> str:
     ]
     if not shares:
         return ""
-    return f"Of what Wanda adds to the perplexity, descent adds {', '.join(shares)}. "
+    return f"Descent raises the perplexity by {', '.join(shares)} of what Wanda does. "
 
 
 def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
@@ -253,10 +253,10 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
                 continue
             lines.append(
                 {
-                    "pruned": str(sparsity),
+                    "sparsity": str(sparsity),
                     "method": label,
                     "perplexity": rows.spread(here["perplexity_gap"] + dense),
-                    "divergence": rows.spread(here["divergence"]),
+                    "KL divergence": rows.spread(here["divergence"]),
                     "attention error, held-out": rows.spread(here["heldout_error"]),
                     "on calibration": rows.spread(here["calibration_error"]),
                 }
@@ -269,7 +269,7 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
         f"{_shares_of_wanda(metrics)}"
         f"`W_Q` and `W_K` of every layer of `{config['model']}`; dense perplexity {dense:.2f}. "
         f"Calibrated on {config['windows']} windows of {config['seqlen']} tokens of "
-        f"`{config['calibration']}`; perplexity, divergence from the dense model's predictions "
+        f"`{config['calibration']}`; perplexity, KL divergence from the dense model's predictions "
         f"(nats) and held-out error on text of `{text}` that was not calibrated on; "
         f"{steps} steps a block. Descents: mean of {config['seeds']} "
         "seeds ± half their range; the baselines have no randomness."

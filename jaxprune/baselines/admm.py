@@ -74,7 +74,7 @@ def admm_from_hessian(
     refinements: int = 10,
 ) -> PrunedLinear:
     """``admm`` where ``xᵀx``, at any scale, is known, or what ``factorise`` made of it."""
-    found = kronecker_admm(
+    result = kronecker_admm(
         w,
         h,
         None,
@@ -84,7 +84,7 @@ def admm_from_hessian(
         iterations=iterations,
         refinements=refinements,
     )
-    return PrunedLinear(found.weight, found.keep_mask, found.damping)
+    return PrunedLinear(result.weight, result.keep_mask, result.damping)
 
 
 register(

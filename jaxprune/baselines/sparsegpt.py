@@ -90,8 +90,8 @@ def sparsegpt_from_hessian(
 
 def hessian(x: Float[Array, "*b n d"]) -> Float[Array, "d d"]:
     """``H = mean over sequences of 2 xᵀx``, in float32 or wider."""
-    wide = x.reshape(-1, *x.shape[-2:]).astype(accumulation_dtype(x))
-    return 2 * contract("bnd,bne->de", wide, wide) / wide.shape[0]
+    upcast = x.reshape(-1, *x.shape[-2:]).astype(accumulation_dtype(x))
+    return 2 * contract("bnd,bne->de", upcast, upcast) / upcast.shape[0]
 
 
 class _Factor(NamedTuple):

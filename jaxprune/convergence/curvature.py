@@ -116,8 +116,8 @@ def curvature(
         def next_point(
             before: tuple[Vector, Array], share: Array
         ) -> tuple[tuple[Vector, Array], Curvature]:
-            found = measure(flat + share * step, *before)
-            return (found.vector, jnp.full_like(least, _LEAST_WARM)), found
+            result = measure(flat + share * step, *before)
+            return (result.vector, jnp.full_like(least, _LEAST_WARM)), result
 
         shares = jnp.linspace(0, 1, points, dtype=flat.dtype)
         _, along = lax.scan(next_point, (vector, least), shares)
@@ -252,9 +252,9 @@ def certified_lipschitz(
     Source: ours; Thm. 5.2 of Liang et al. 2025 asks for such a constant.
     """
     check_fused(x, w)
-    wide = x.reshape(-1, *x.shape[-2:]).astype(accumulation_dtype(x, w))
-    fourth = jnp.linalg.norm(wide, ord=2, axis=(-2, -1)) ** 4
+    upcast = x.reshape(-1, *x.shape[-2:]).astype(accumulation_dtype(x, w))
+    fourth = jnp.linalg.norm(upcast, ord=2, axis=(-2, -1)) ** 4
     if row_weights is not None:
         fourth = fourth * row_weights.reshape(fourth.shape[0], -1).max(axis=-1)
-    largest = jnp.max(jnp.abs(w), axis=(-2, -1)).astype(wide.dtype)
-    return 1.25 * jnp.mean(fourth) * largest**2 + jnp.asarray(lam, wide.dtype)
+    largest = jnp.max(jnp.abs(w), axis=(-2, -1)).astype(upcast.dtype)
+    return 1.25 * jnp.mean(fourth) * largest**2 + jnp.asarray(lam, upcast.dtype)

@@ -152,7 +152,7 @@ def scale_by_curvature(
             return projection(jax.tree.map(lambda p, g: p - step_size * g, params, gradient))
 
         def measured(state: CurvatureStepState, toward: PyTree | None) -> CurvatureStepState:
-            found = curvature(
+            result = curvature(
                 value_fn,
                 params,
                 start=state.vector,
@@ -161,9 +161,9 @@ def scale_by_curvature(
                 iterations=iterations,
                 tolerance=1e-2,
             )
-            curved = jnp.where(found.value > 0, found.value, flat).astype(state.curvature.dtype)
+            curved = jnp.where(result.value > 0, result.value, flat).astype(state.curvature.dtype)
             size = 1 / (margin * jnp.where(curved > 0, curved, 1))
-            return CurvatureStepState(state.done, found.vector, curved, size)
+            return CurvatureStepState(state.done, result.vector, curved, size)
 
         def refresh(state: CurvatureStepState) -> CurvatureStepState:
             here = measured(state, None)
@@ -280,9 +280,11 @@ def record_curvature(
     ) -> tuple[PyTree, RecordedCurvature]:
         def measure(state: RecordedCurvature) -> RecordedCurvature:
             most = jnp.where(state.done == 0, 3 * iterations, iterations)
-            found = curvature(value_fn, params, start=state.vector, iterations=most, tolerance=1e-2)
-            value = state.value.at[state.done // every].set(found.value.astype(state.value.dtype))
-            return RecordedCurvature(state.done, found.vector, value)
+            result = curvature(
+                value_fn, params, start=state.vector, iterations=most, tolerance=1e-2
+            )
+            value = state.value.at[state.done // every].set(result.value.astype(state.value.dtype))
+            return RecordedCurvature(state.done, result.vector, value)
 
         due = (state.done % every == 0) & (state.done < every * checkpoints)
         state = _where_due(due, measure, state)

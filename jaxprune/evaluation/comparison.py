@@ -250,7 +250,7 @@ def _algorithm1(
 ) -> tuple[Array, Array, Array]:
     def one(x: Array, w: Array, lam: Array, rates: Array) -> tuple[Array, Array, Array]:
         def learn(rate: Array) -> Array:
-            found = algorithm1(
+            result = algorithm1(
                 x,
                 w,
                 lam=lam,
@@ -259,7 +259,7 @@ def _algorithm1(
                 steps=steps,
                 batch_size=batch_size,
             )
-            return found.state.variable
+            return result.state.variable
 
         masks = jax.vmap(learn)(rates)
 
@@ -329,7 +329,7 @@ def _search(
 
     def one(x: Array, judged: Array, w: Array) -> tuple[Array, ...]:
         def learn(lam: Array, rate: Array, steps: int) -> Array:
-            found = algorithm1(
+            result = algorithm1(
                 x,
                 w,
                 lam=lam,
@@ -338,7 +338,7 @@ def _search(
                 steps=steps,
                 batch_size=batch_size,
             )
-            return found.state.variable
+            return result.state.variable
 
         def errors(masks: Array, ratio: Array) -> Array:
             return round_and_judge(partial(relative_error, judged, w), w, masks, ratio)[1]

@@ -34,7 +34,7 @@ _LOW_IS_GOOD = ("perplexity", "gap", "divergence", "calibration_error", "heldout
 _SHOWN = {
     "perplexity": "perplexity",
     "gap": "above dense",
-    "divergence": "divergence (nats)",
+    "divergence": "KL divergence (nats)",
     "calibration_error": "attention error, calibration",
     "heldout_error": "held-out",
     "achieved_sparsity": "zeros",
@@ -94,7 +94,7 @@ def table(metrics: pd.DataFrame, columns: Sequence[str] = tuple(_SHOWN)) -> str:
     shown_columns = {name: _SHOWN[name] for name in columns}
     metrics = with_gaps(metrics)
     dense = metrics[metrics["method"] == DENSE].iloc[0]
-    first = {"pruned": "nothing", "method": DENSE, "budget": "", "retraining": ""}
+    first = {"sparsity": "none", "method": DENSE, "budget": "", "retraining": ""}
     lines = [first | dict.fromkeys(shown_columns.values(), "")]
     lines[0][_SHOWN["perplexity"]] = f"{dense['perplexity']:.2f}"
     pruned = metrics[metrics["method"] != DENSE]
@@ -104,7 +104,7 @@ def table(metrics: pd.DataFrame, columns: Sequence[str] = tuple(_SHOWN)) -> str:
         for _, seeds in rows:
             one = seeds.iloc[0]
             line = {
-                "pruned": f"{_TARGETS.get(str(targets), targets)}, {sparsity}",
+                "sparsity": f"{_TARGETS.get(str(targets), targets)}, {sparsity}",
                 "method": name_of(one["method"]),
                 "budget": one["allocate"],
                 "retraining": _retraining(one),

@@ -112,7 +112,7 @@ def query_key_moments(
         heads, wk.shape[1], width**-0.5 if scale is None else scale, causal, balance
     )
     weight = jnp.concatenate([w.reshape(d, -1) for w in (wq, wk)], axis=1)
-    found = gauss_newton_moments(
+    result = gauss_newton_moments(
         _SideBySide(residual, heads * width),
         {"qk": weight},
         {"qk": x},
@@ -123,7 +123,7 @@ def query_key_moments(
         row_weights=row_weights,
         key=key,
     )["qk"]
-    return QueryKeyMoments(found.inputs, found.outputs[:heads], found.outputs[heads:])
+    return QueryKeyMoments(result.inputs, result.outputs[:heads], result.outputs[heads:])
 
 
 def prune_query_key_on(
@@ -186,7 +186,7 @@ def fused_moments(
     if x.ndim != 3 or w.shape != (x.shape[2],) * 2:
         raise InputError(f"x {x.shape} and w {w.shape} do not match: expected [b, n, d] and [d, d]")
     residual = FusedAttention(causal)
-    found = gauss_newton_moments(
+    result = gauss_newton_moments(
         residual, {"w": w}, {"w": x}, {"x": x}, pilot=pilot, row_weights=row_weights, key=key
     )
-    return found["w"]
+    return result["w"]

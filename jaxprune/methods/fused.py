@@ -320,7 +320,7 @@ def _paper(
     del start  # of descent
 
     def one(lam: Array, rate: Array) -> PrunedAttention:
-        found = algorithm1(
+        result = algorithm1(
             x,
             w,
             lam=lam,
@@ -333,7 +333,7 @@ def _paper(
             key=key,
             monitor=monitor,
         )
-        return _result(found, x, w, row_weights, lam, rate, causal)
+        return _result(result, x, w, row_weights, lam, rate, causal)
 
     # With a rule there is one run for each λ, and no number to report.
     asked = learning_rate if rule is None else jnp.nan
@@ -399,8 +399,8 @@ def _descent(
             sample_errors=sample_errors,
             **options,
         )
-    found = descend(descent, begin, fit, key=key, validation=validation)
-    return _result(found, x, w, row_weights, anchor_weight, rate, causal)
+    result = descend(descent, begin, fit, key=key, validation=validation)
+    return _result(result, x, w, row_weights, anchor_weight, rate, causal)
 
 
 class _ClosedForm(NamedTuple):
@@ -550,7 +550,7 @@ _PRESETS: dict[str, Callable[..., PrunedAttention]] = {
 
 
 def _result(
-    found: DescentResult,
+    result: DescentResult,
     x: Array,
     w: Array,
     row_weights: Array,
@@ -559,17 +559,17 @@ def _result(
     causal: bool,
 ) -> PrunedAttention:
     error = partial(relative_error, x, w, causal=causal, row_weights=row_weights)
-    best = found.state.best
+    best = result.state.best
     return PrunedAttention(
-        weight=found.weights,
-        keep_mask=found.keep_masks,
-        trace=found.trace,
+        weight=result.weights,
+        keep_mask=result.keep_masks,
+        trace=result.trace,
         lam=lam,
         learning_rate=rate,
-        calibration_error=error(found.weights),
-        initial_error=error(found.initial_weights),
-        best_step=found.state.step if best is None else best.step,
-        rejected_steps=found.state.rejected,
+        calibration_error=error(result.weights),
+        initial_error=error(result.initial_weights),
+        best_step=result.state.step if best is None else best.step,
+        rejected_steps=result.state.rejected,
     )
 
 

@@ -254,5 +254,5 @@ def rotary_descent(
         sample_errors=errors_of_rows,
     )
     key = jax.random.key(0) if key is None else key
-    found = descend(descent, typical, fit, key=key, validation=validation)
-    return found.weights * factor, found.keep_masks
+    result = descend(descent, typical, fit, key=key, validation=validation)
+    return result.weights * factor, result.keep_masks

@@ -53,8 +53,8 @@ def _sample_errors(
 ) -> Float[Array, " b"]:
     """Half the squared error of the block's output, for every sequence."""
     hidden = block(weights._replace(**pruned), batch["hidden"], config)[0]
-    wide = accumulation_dtype(hidden)
-    difference = hidden.astype(wide) - batch["target"].astype(wide)
+    dtype = accumulation_dtype(hidden)
+    difference = hidden.astype(dtype) - batch["target"].astype(dtype)
     return 0.5 * jnp.sum(difference**2, axis=(1, 2))
 
 

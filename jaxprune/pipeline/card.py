@@ -167,12 +167,12 @@ def _what(
 
 def _how(settings: PruneSettings, config: LlamaConfig, dtype: str, outcome: Outcome) -> str:
     achieved = [v for values in outcome.achieved_sparsity.values() for v in values]
-    fit, fresh = (_windows(outcome.texts[name]) for name in ("calibration", "heldout"))
+    fit, heldout = (_windows(outcome.texts[name]) for name in ("calibration", "heldout"))
     rows = {
         "Method": f"`{settings.method}`: {method_in_words(settings, config)}",
         "Sparsity": f"{_asked(settings)}; achieved: {_range(achieved)}",
         "Calibrated on": fit,
-        "Held out": fresh,
+        "Held out": heldout,
         "Computed in": f"{dtype}, seed {settings.seed}",
     }
     lines = "\n".join(f"- **{title}**: {text}" for title, text in rows.items())
@@ -237,11 +237,11 @@ def _windows(protocol: Mapping[str, Any]) -> str:
 
 
 def _errors(rows: Sequence[Mapping[str, Any]]) -> str:
-    fit, fresh = ([r[f"{name}_error"] for r in rows] for name in ("calibration", "heldout"))
+    fit, heldout = ([r[f"{name}_error"] for r in rows] for name in ("calibration", "heldout"))
     return (
         "Relative error of the attention matrices, `|F̃ − F|² / |F|²`, mean of "
-        f"{len(rows):,} heads: **{np.mean(fresh):.3g} on held-out text**, {np.mean(fit):.3g} on "
-        f"the text calibrated on; the worst head has {max(fresh):.3g} held-out.\n\n"
+        f"{len(rows):,} heads: **{np.mean(heldout):.3g} on held-out text**, {np.mean(fit):.3g} on "
+        f"the text calibrated on; the worst head has {max(heldout):.3g} held-out.\n\n"
         "![Error of every head, and its mean by layer](summary.png)\n\n"
         "The perplexity of this checkpoint was not taken; see below."
     )

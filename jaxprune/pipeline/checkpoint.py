@@ -339,10 +339,12 @@ def _finished_before(out: Path, request: PruneRequest) -> bool:
     return there is not None and differing(there, request) is None
 
 
-def _plan(settings: PruneSettings, config: llama.LlamaConfig, fit: Windows, fresh: Windows) -> str:
+def _plan(
+    settings: PruneSettings, config: llama.LlamaConfig, fit: Windows, heldout: Windows
+) -> str:
     # Where the dense stream is whole, what the block at hand makes of it is held beside it.
-    dense = 2 * fit.tokens.size if settings.needs_dense_stream else fresh.tokens.size
-    hidden = 4 * config.hidden_size * (dense + fit.tokens.size + fresh.tokens.size)
+    dense = 2 * fit.tokens.size if settings.needs_dense_stream else heldout.tokens.size
+    hidden = 4 * config.hidden_size * (dense + fit.tokens.size + heldout.tokens.size)
     line = (
         f"{settings.method} on {', '.join(settings.names)} of {config.num_hidden_layers} blocks; "
         f"besides the weights and one block's work, {hidden / 2**20:.0f} MiB of hidden states are "

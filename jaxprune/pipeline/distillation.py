@@ -122,8 +122,8 @@ def _window_divergences(
     def step(hidden: Array, weights: BlockWeights) -> tuple[Array, None]:
         return block(weights, hidden, model.config)[0], None
 
-    found = lax.scan(step, embedded, pruned)[0]
-    return head_divergences(model, model, found, expected)
+    result = lax.scan(step, embedded, pruned)[0]
+    return head_divergences(model, model, result, expected)
 
 
 def resampled(

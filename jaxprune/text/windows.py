@@ -178,12 +178,12 @@ def unseen_windows(
     Raises:
       InputError: as ``evaluation_windows``; or no window is left.
     """
-    found = evaluation_windows(source, tokenizer, seqlen=seqlen)
+    text = evaluation_windows(source, tokenizer, seqlen=seqlen)
     skip = 0 if source in (*corpora.NAMED, *PRESETS) else -(-seen // seqlen)
-    tokens = found.tokens[skip:][:windows]
+    tokens = text.tokens[skip:][:windows]
     if not len(tokens):
         raise InputError(f"{source}: nothing is left after {skip} windows; use another `text`")
-    protocol = found.protocol | {"windows": len(tokens)} | ({"after": skip} if skip else {})
+    protocol = text.protocol | {"windows": len(tokens)} | ({"after": skip} if skip else {})
     return Windows(tokens, protocol)
 
 
@@ -218,16 +218,16 @@ def _consecutive(
     """Consecutive windows of a running text, all when ``windows`` is ``None``; BOS policy."""
     bos = tokenizer.bos_id
     each = bos_per_window and bos is not None
-    fresh = seqlen - 1 if each else seqlen
+    new = seqlen - 1 if each else seqlen
     before = [] if each or bos is None else [bos]
-    need = (1 if windows is None else windows) * fresh - len(before)
+    need = (1 if windows is None else windows) * new - len(before)
     ids = _first_ids(corpus, tokenizer, None if windows is None else need)
     if len(ids) < need:
         request = f"{'one window' if windows is None else f'{windows} windows'} of {seqlen}"
         raise InputError(f"{corpus.name}: has {len(ids)} tokens, but {request} needs {need}")
     ids = np.concatenate([np.array(before, np.int32), ids])
-    count = len(ids) // fresh if windows is None else windows
-    tokens = ids[: count * fresh].reshape(count, fresh)
+    count = len(ids) // new if windows is None else windows
+    tokens = ids[: count * new].reshape(count, new)
     if each:
         tokens = np.concatenate([np.full((count, 1), bos, np.int32), tokens], axis=1)
     return tokens, "none" if bos is None else "each" if each else "one"

@@ -78,7 +78,7 @@ def rows(variants, seeds):
 def test_half_the_range_is_shown_where_there_are_several_seeds(script, seeds):
     table = script("ablation").table(rows(list(seeds), seeds))
     several = 2 in seeds.values()
-    assert list(table["divergence (nats)"].unique()) == (
+    assert list(table["KL divergence (nats)"].unique()) == (
         ["0.3750 ± 0.1250"] if several else ["0.5000"]
     )
     assert list(table["held-out attention error"].unique()) == (

@@ -284,8 +284,8 @@ def test_a_brief_table_has_few_columns_and_says_so_in_its_marker(headline, real_
     written = page.read_text()
     assert written.startswith("<!-- smollm2: written by tools/headline.py --rows '*-wanda' --brief")
     heads = [cell.strip() for cell in written.splitlines()[1].split("|")[1:-1]]
-    assert heads[:4] == ["pruned", "method", "budget", "retraining"]
-    assert heads[4:] == ["perplexity", "above dense", "divergence (nats)", "seconds"]
+    assert heads[:4] == ["sparsity", "method", "budget", "retraining"]
+    assert heads[4:] == ["perplexity", "above dense", "KL divergence (nats)", "seconds"]
 
 
 def test_rows_that_are_not_there_are_one_line(headline, real_run, run, capsys):

@@ -85,10 +85,10 @@ def _loss(logits: Float[Array, " v"], following: Int[Array, ""]) -> Float[Array,
     return jax.nn.logsumexp(logits) - logits[following]
 
 
-def _divergence(found: Float[Array, " v"], expected: Float[Array, " v"]) -> Float[Array, ""]:
-    normalisers = jax.nn.logsumexp(found), jax.nn.logsumexp(expected)
+def _divergence(logits: Float[Array, " v"], expected: Float[Array, " v"]) -> Float[Array, ""]:
+    normalisers = jax.nn.logsumexp(logits), jax.nn.logsumexp(expected)
     probability = jnp.exp(expected - normalisers[1])
-    return jnp.sum(probability * (expected - found)) + normalisers[0] - normalisers[1]
+    return jnp.sum(probability * (expected - logits)) + normalisers[0] - normalisers[1]
 
 
 def over_positions(measure: Callable[[Any], Any], arrays: tuple[Array, ...]) -> Any:

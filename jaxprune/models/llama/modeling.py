@@ -429,8 +429,8 @@ def attention_output(
         positions = jnp.tile(jnp.arange(start, stop), shared)
         rows = q[:, start:stop].reshape(-1, width)
         at_once = min(rows.shape[0], max(1, BLOCK_ENTRIES // stop))
-        found = lax.map(row, (positions, rows), batch_size=at_once)
-        return found.reshape(shared, stop - start, width)
+        result = lax.map(row, (positions, rows), batch_size=at_once)
+        return result.reshape(shared, stop - start, width)
 
     def unit(arrays: tuple[Array, Array, Array]) -> Array:
         q, k, v = arrays

@@ -164,12 +164,12 @@ def frequencies(
     exponents = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
     with np.errstate(all="ignore"):
         periods = np.power(np.float32(base), exponents)
-        found = np.float32(1) / periods if scaling is None else scaling.frequencies(periods, base)
-    if not np.isfinite(found).all():
+        result = np.float32(1) / periods if scaling is None else scaling.frequencies(periods, base)
+    if not np.isfinite(result).all():
         raise InputError(
             f"rope_theta {base:g} and rope_scaling give frequencies beyond float32; correct them"
         )
-    return found
+    return result
 
 
 def read_rope(content: Mapping[str, Any], base: float) -> tuple[Any, RopeScaling | None]:
@@ -216,27 +216,27 @@ def _read_scaling(
     kind: str, field: str, rope: Mapping[str, Any], content: Mapping[str, Any]
 ) -> RopeScaling:
     names = [f.name for f in dataclasses.fields(SCALINGS[kind])]
-    found = {name: rope[name] for name in names if name in rope}
+    result = {name: rope[name] for name in names if name in rope}
     if _CONTEXT in names:
-        found.setdefault(_CONTEXT, content.get("max_position_embeddings"))
-        if content.get(_CONTEXT, found[_CONTEXT]) != found[_CONTEXT]:
+        result.setdefault(_CONTEXT, content.get("max_position_embeddings"))
+        if content.get(_CONTEXT, result[_CONTEXT]) != result[_CONTEXT]:
             raise InputError(
                 f"config.json: {_CONTEXT} {content[_CONTEXT]!r:.40} contradicts {field}.{_CONTEXT} "
-                f"{found[_CONTEXT]!r:.40}; leave one of them out"
+                f"{result[_CONTEXT]!r:.40}; leave one of them out"
             )
-    if kind == "yarn" and "factor" in found:
-        found |= _yarn_defaults(rope)
-    missing = [name for name in names if found.get(name) is None]
+    if kind == "yarn" and "factor" in result:
+        result |= _yarn_defaults(rope)
+    missing = [name for name in names if result.get(name) is None]
     if missing:
         raise InputError(f"config.json: {field} lacks {', '.join(missing)}")
-    for name, value in found.items():
+    for name, value in result.items():
         if name == _CONTEXT:
             check_size(f"rope_scaling.{name}", value, 2**31)
         elif name == "truncate":
             check_flag(f"rope_scaling.{name}", value)
         else:
-            found[name] = _number(name, value)
-    return SCALINGS[kind](**found)
+            result[name] = _number(name, value)
+    return SCALINGS[kind](**result)
 
 
 def _number(name: str, value: Any) -> float:
