@@ -41,6 +41,8 @@ _SHOWN = {
     "seconds": "seconds",
     "peak_memory": "peak GiB",
 }
+# Columns that a table is without where they say no more than this.
+_USUAL = {"budget": "matrix", "retraining": ""}
 BRIEF = ("perplexity", "gap", "divergence", "seconds")
 """Columns of the table of a first page."""
 
@@ -90,7 +92,10 @@ def with_gaps(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(metrics: pd.DataFrame, columns: Sequence[str] = tuple(_SHOWN)) -> str:
-    """A Markdown table: the dense row, then groups of equal maps and sparsity, best in bold."""
+    """A Markdown table: the dense row, then groups of equal maps and sparsity, best in bold.
+
+    Without the columns of the budget and of retraining where nothing is shared or retrained.
+    """
     shown_columns = {name: _SHOWN[name] for name in columns}
     metrics = with_gaps(metrics)
     dense = metrics[metrics["method"] == DENSE].iloc[0]
@@ -112,7 +117,9 @@ def table(metrics: pd.DataFrame, columns: Sequence[str] = tuple(_SHOWN)) -> str:
             for name, shown in shown_columns.items():
                 line[shown] = _cell(seeds, name, best.get(name))
             lines.append(line)
-    return pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    shown = pd.DataFrame(lines)
+    same = [name for name, usual in _USUAL.items() if set(shown[name]) <= {"", usual}]
+    return shown.drop(columns=same).to_markdown(index=False, disable_numparse=True)
 
 
 def _cell(seeds: pd.DataFrame, name: str, best: float | None) -> str:

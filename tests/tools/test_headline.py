@@ -284,8 +284,18 @@ def test_a_brief_table_has_few_columns_and_says_so_in_its_marker(headline, real_
     written = page.read_text()
     assert written.startswith("<!-- smollm2: written by tools/headline.py --rows '*-wanda' --brief")
     heads = [cell.strip() for cell in written.splitlines()[1].split("|")[1:-1]]
-    assert heads[:4] == ["sparsity", "method", "budget", "retraining"]
-    assert heads[4:] == ["perplexity", "above dense", "KL divergence (nats)", "seconds"]
+    assert heads[:2] == ["sparsity", "method"]
+    assert heads[2:] == ["perplexity", "above dense", "KL divergence (nats)", "seconds"]
+
+
+def test_budgets_and_retraining_are_shown_where_there_are_some(headline, real_run):
+    metrics = pd.read_csv(real_run / "metrics.csv")
+    metrics.loc[2, ["allocate", "refit", "distill"]] = ["model", 1, 30]
+    metrics.to_csv(real_run / "metrics.csv", index=False)
+    header, *_, wanda, closed = cells_of(headline.table_of(real_run).partition("\n\n")[0])
+    assert header[:4] == ["sparsity", "method", "budget", "retraining"]
+    assert wanda[1:4] == ["Wanda", "matrix", ""]
+    assert closed[1:4] == ["closed form", "model", "blocks, 30 steps of distillation"]
 
 
 def test_rows_that_are_not_there_are_one_line(headline, real_run, run, capsys):
