@@ -71,6 +71,8 @@ _CORE_SPEED, _HOURS = 6e10, 1.0
 EXAMPLE = "attention.npz"
 EXAMPLE_METHODS = (ALGORITHM1, "wanda", "sparsegpt", "gauss_newton")
 EXAMPLE_TOKENS = 48
+# In the arrays of a part, beside its masks.
+_ATTENTION = "attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,8 +302,10 @@ def plan(config: Config, source: Layers, layer: int, method: str) -> list[Part]:
     ]
 
 
-def compute(run: RunFolder, part: Part, problems: FusedProblem, config: Config) -> list[dict]:
-    """Rows of one part; its keep masks go beside."""
+def compute(
+    run: RunFolder, part: Part, problems: FusedProblem, config: Config, example: int | None
+) -> list[dict]:
+    """Rows of one part; its keep masks go beside, and the attention of the head of Figure 1."""
     chosen = problems.heads(slice(part.heads.start, part.heads.stop))
     (weight, keep_masks), lam = prune_heads(chosen, part.method, part.ratios, config)
     outcome = judge(chosen, weight, keep_masks)
@@ -311,12 +315,15 @@ def compute(run: RunFolder, part: Part, problems: FusedProblem, config: Config) 
         for i, head in enumerate(part.heads)
         for j, ratio in enumerate(part.ratios)
     ]
-    masks = {
+    arrays = {
         f"{part.method}-{ratio:g}-layer{part.layer}-head{head}-{side}": np.asarray(mask[i, j])
         for side, mask in zip(sides, keep_masks, strict=True)
         for i, head, j, ratio in points
     }
-    write_arrays(run.part_file(part.name), **masks)
+    if example is not None and example in part.heads and part.method in EXAMPLE_METHODS:
+        pruned = weight[part.heads.index(example), part.ratios.index(config.middle)]
+        arrays[_ATTENTION] = example_attention(problems, pruned)
+    write_arrays(run.part_file(part.name), **arrays)
     return [
         {
             "layer": part.layer,
@@ -332,20 +339,9 @@ def compute(run: RunFolder, part: Part, problems: FusedProblem, config: Config) 
     ]
 
 
-def compute_example(
-    run: RunFolder, problems: FusedProblem, layer: int, head: int, config: Config
-) -> list[dict]:
-    """Attention matrices of one head on the beginning of the first held-out window."""
-    one = problems.heads(slice(head, head + 1))
-    x = problems.x_heldout[0, :EXAMPLE_TOKENS]
-    arrays = {"dense": np.asarray(attention_matrix(x, one.w[0]))}
-    for method in EXAMPLE_METHODS:
-        if method in config.chosen:
-            (weight, _), _ = prune_heads(one, method, [config.middle], config)
-            arrays[method] = np.asarray(attention_matrix(x, weight[0, 0]))
-    named = {"layer": layer, "head": head, "ratio": config.middle}
-    write_arrays(run.path / EXAMPLE, **arrays, **named)
-    return [named]
+def example_attention(problems: FusedProblem, w: jax.Array) -> np.ndarray:
+    """Attention matrix of a head on the beginning of the first held-out window."""
+    return np.asarray(attention_matrix(problems.x_heldout[0, :EXAMPLE_TOKENS], w))
 
 
 def compute_layer(
@@ -357,16 +353,24 @@ def compute_layer(
     advance: Callable[[str], None],
 ) -> Iterator[dict]:
     """Rows of a layer; the masks of each method in it end in one file."""
+    example_layer, head = config.example_of(source)
+    example = head if layer == example_layer else None
+    attention: dict[str, np.ndarray] = {}
     for method in config.chosen:
         masks: dict[str, np.ndarray] = {}
         for part in plan(config, source, layer, method):
-            yield from run.part(part.name, partial(compute, run, part, problems, config))
-            masks |= run.part_arrays(part.name)
+            work = partial(compute, run, part, problems, config, example)
+            yield from run.part(part.name, work)
+            arrays = run.part_arrays(part.name)
+            if _ATTENTION in arrays:
+                attention[method] = arrays.pop(_ATTENTION)
+            masks |= arrays
             advance(part.name)
         write_arrays(run.path / f"keep_masks-layer{layer}-{method}.npz", **masks)
-    where = config.example_of(source)
-    if layer == where[0] and set(config.chosen) & set(EXAMPLE_METHODS):
-        run.part("example", partial(compute_example, run, problems, *where, config))
+    if attention:
+        dense = example_attention(problems, problems.w[head])
+        named = {"layer": layer, "head": head, "ratio": config.middle}
+        write_arrays(run.path / EXAMPLE, dense=dense, **attention, **named)
 
 
 def summary(metrics: pd.DataFrame) -> pd.DataFrame:
