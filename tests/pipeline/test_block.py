@@ -7,11 +7,13 @@ import pytest
 from tiny_llama import CONFIG
 
 from jaxprune.models import llama
-from jaxprune.models.llama.modeling import INPUT_OF, block
+from jaxprune.models.llama import modeling
+from jaxprune.models.llama.modeling import INPUT_OF
 from jaxprune.pipeline.block import BlockSettings, BlockStart, block_refit
 from jaxprune.sparsity import Sparsity
 
 WINDOWS, TOKENS = 3, 10
+block = jax.jit(modeling.block, static_argnums=2)
 
 
 @pytest.fixture(scope="module")

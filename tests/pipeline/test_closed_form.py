@@ -8,7 +8,8 @@ from tiny_llama import CONFIG
 
 from jaxprune.errors import InputError
 from jaxprune.models import llama
-from jaxprune.models.llama.modeling import INPUT_OF, block
+from jaxprune.models.llama import modeling
+from jaxprune.models.llama.modeling import INPUT_OF
 from jaxprune.pipeline import PruneSettings
 from jaxprune.pipeline.closed_form import block_closed_form
 from jaxprune.pipeline.curvature import MapCurvature
@@ -16,6 +17,7 @@ from jaxprune.pipeline.streams import Streams
 from jaxprune.sparsity import Sparsity
 
 DAMPING = 0.01
+block = jax.jit(modeling.block, static_argnums=2)
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ def test_factors_are_sums_over_the_gradients_of_random_cotangents():
         for i in layers
     ]
 
+    @jax.jit
     def logits(taps):
         hidden, inputs = model.embed(jnp.asarray(TOKENS)), []
         for i in layers:
@@ -54,15 +55,14 @@ def test_factors_are_sums_over_the_gradients_of_random_cotangents():
 
     predictions = jax.nn.softmax(logits(taps)[0])
     keys = [jax.random.fold_in(key, window) for window in range(len(TOKENS))]
-    cotangents = jnp.stack(
-        [prediction_cotangents(k, p) for k, p in zip(keys, predictions, strict=True)]
-    )
+    draw = jax.jit(prediction_cotangents)
+    cotangents = jnp.stack([draw(k, p) for k, p in zip(keys, predictions, strict=True)])
 
     def pulled(taps):
         found, inputs = logits(taps)
         return jnp.sum(found * cotangents), inputs
 
-    gradients, inputs = jax.grad(pulled, has_aux=True)(taps)
+    gradients, inputs = jax.jit(jax.grad(pulled, has_aux=True))(taps)
     for i in layers:
         for name, felt in found[i].items():
             g = np.asarray(gradients[i][name], np.float64)
