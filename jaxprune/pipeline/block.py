@@ -31,7 +31,7 @@ class BlockSettings(NamedTuple):
 
     config: LlamaConfig
     sparsity: Sparsity
-    steps: int = 200
+    steps: int = 100
     batch_size: int = 4
     learning_rate: float = 0.02
 
