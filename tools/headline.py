@@ -71,8 +71,7 @@ class Config:
     """
 
     run: Path = Path("docs/headline")
-    """folder of a finished run of ablation.py, real.py, synthetic.py, llama_heads.py or
-    fused_perplexity.py, or what is kept of it"""
+    """folder of a finished run of an experiment, or what is kept of it"""
     write: Flag = False
     """put the table between the markers of --page, and keep the run in --saved"""
     page: Path = Path("README.md")

@@ -50,7 +50,11 @@ _SPARE_MARKERS = "p8<>X"
 
 
 def style(method: str) -> Style:
-    """The style of a method; one that is not in ``STYLES`` is named as it is, always alike."""
+    """The style of a method, ``gauss_newton`` or ``gauss-newton``.
+
+    One that is not in ``STYLES`` is named as it is, always alike.
+    """
+    method = method.replace("-", "_")
     if method in STYLES:
         return STYLES[method]
     number = zlib.crc32(method.encode())

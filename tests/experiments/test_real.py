@@ -68,9 +68,9 @@ def test_an_interrupted_table_goes_on_and_is_drawn_again(
     assert {"config.json", "environment.json", "inputs.json"} <= {f.name for f in saved.iterdir()}
     table = (out / "tables.md").read_text()
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    assert lines[0][:5] == ["nothing", "dense", "", "", "10.00"]
-    assert lines[1][4:7] == ["**11.00**", "**1.00**", "**0.500**"]
-    assert [line[10] for line in lines] == ["", "2", "over 3", "4"]
+    assert lines[0][:3] == ["none", "dense", "10.00"]
+    assert lines[1][2:5] == ["**11.00**", "**1.00**", "**0.500**"]
+    assert [line[8] for line in lines] == ["", "2", "over 3", "4"]
     assert table.index("dense") < table.index("Wanda")
     for name in ("cost", "gaps"):
         for suffix in ("png", "svg"):
