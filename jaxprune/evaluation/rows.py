@@ -184,9 +184,10 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two, a few in every decade."""
+    """Round numbers between two, fewer in every decade where there are several."""
+    digits = (1, 1.5, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    numbers = [digit * 10.0**decade for decade in decades for digit in (1, 1.5, 2, 3, 5, 7)]
+    numbers = [digit * 10.0**decade for decade in decades for digit in digits]
     return [number for number in numbers if low <= number <= high]
 
 

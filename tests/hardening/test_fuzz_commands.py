@@ -259,6 +259,7 @@ FLAGS_AND_SWITCHES = given(
 )
 
 
+@pytest.mark.slow
 @cases(40)
 @FLAGS_AND_SWITCHES
 @example(flags={"push": "me/small", "method": "obs"}, switches=set())

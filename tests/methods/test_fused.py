@@ -13,7 +13,8 @@ from jaxprune.baselines import magnitude, sparsegpt, wanda
 from jaxprune.importance import fused_ranking, shrunk_norms
 from jaxprune.methods.fused import algorithm1_grid, shuffle_tokens, split_calibration
 
-PRESETS = ["paper", "gauss_newton", "descent"]
+# A descent compiles the longest; other tests here and of the comparison are of one.
+PRESETS = ["paper", "gauss_newton", pytest.param("descent", marks=pytest.mark.slow)]
 STEPS = 12
 
 

@@ -144,7 +144,7 @@ def test_blocks_of_rows_and_of_heads_compute_the_same(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("entries", [2**18, 24 * 7])
+@pytest.mark.parametrize("entries", [pytest.param(2**18, marks=pytest.mark.slow), 24 * 7])
 def test_segments_of_a_sequence_compute_the_same(monkeypatch, entries):
     """24 tokens in segments of 4 or 5: what every token sees, and gradients."""
     model = random_llama(SMALL)

@@ -124,7 +124,7 @@ def test_without_a_bos_windows_are_text_alone(checkpoint, text):
 
 def test_a_long_text_is_read_as_far_as_needed_with_the_same_tokens(tokenizer, tmp_path):
     file = tmp_path / "long.txt"
-    file.write_text(text_of(3 * 2**20))
+    file.write_text(text_of(5 * 2**18))
     ids = tokenizer.encode(file.read_text())
     some = data.evaluation_windows(str(file), tokenizer, seqlen=50, windows=20)
     np.testing.assert_array_equal(some.tokens.ravel(), [1, *ids[:999]])
