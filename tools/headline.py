@@ -16,7 +16,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,37 +137,36 @@ def record_of(run: Path) -> str:
 
 def figure2(summary: pd.DataFrame) -> str:
     """The paper's Figure 2 at one length and ratio, from the summary of synthetic.py."""
-    lines = []
-    for method, there in summary.groupby("method", sort=False):
-        line = {"method": _named(str(method))}
-        for _, row in there.iterrows():
-            exponent = f", exponent {row['exponent']:g}" * bool(row["exponent"])
-            errors = (_measured(row[n], row[f"{n}_se"]) for n in ("calibration", "heldout"))
-            line[f"`{row['setting']}`{exponent}, k = {row['k']}"] = " / ".join(errors)
-        lines.append(line)
-    return _markdown(lines)
+
+    def cell(row: pd.Series) -> tuple[str, str]:
+        exponent = f", exponent {row['exponent']:g}" * bool(row["exponent"])
+        errors = (_measured(row[n], row[f"{n}_se"]) for n in ("calibration", "heldout"))
+        return f"`{row['setting']}`{exponent}, k = {row['k']}", " / ".join(errors)
+
+    return _by_method(summary, cell)
 
 
 def figure3(summary: pd.DataFrame) -> str:
     """The paper's Figure 3, from the summary of llama_heads.py: mean and deciles of heads."""
-    lines = []
-    for method, there in summary.groupby("method", sort=False):
-        line = {"method": _named(str(method))}
-        for _, row in there.sort_values("ratio").iterrows():
-            spread = f"{row['heldout_p10']:.2g}–{row['heldout_p90']:.2g}"
-            line[f"{row['ratio']:.4g}"] = f"{row['heldout']:.2g} ({spread})"
-        lines.append(line)
-    return _markdown(lines)
+
+    def cell(row: pd.Series) -> tuple[str, str]:
+        spread = f"{row['heldout_p10']:.2g}–{row['heldout_p90']:.2g}"
+        return f"{row['ratio']:.4g}", f"{row['heldout']:.2g} ({spread})"
+
+    return _by_method(summary.sort_values("ratio", kind="stable"), cell)
 
 
 def fused(metrics: pd.DataFrame) -> str:
     """Perplexities of fused_perplexity.py, a column for each ratio."""
+    return _by_method(metrics, lambda row: (f"{row['ratio']:g}", f"{row['perplexity']:.2f}"))
+
+
+def _by_method(metrics: pd.DataFrame, cell: Callable[[pd.Series], tuple[str, str]]) -> str:
+    """A line for each method; of its rows, column and text are what ``cell`` says."""
     lines = []
     for method, there in metrics.groupby("method", sort=False):
-        line = {"method": _named(str(method))}
-        for _, row in there.iterrows():
-            line[f"{row['ratio']:g}"] = f"{row['perplexity']:.2f}"
-        lines.append(line)
+        cells = dict(cell(row) for _, row in there.iterrows())
+        lines.append({"method": _named(str(method)), **cells})
     return _markdown(lines)
 
 
