@@ -29,6 +29,21 @@ def accumulation_dtype(*arrays: Array) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
+# One matrix at a time: on a CPU, batches of two independent decompositions share the threads of
+# one pool and may wait for each other for ever (jaxlib 0.10).
+@jax.custom_batching.sequential_vmap
+def cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """Lower triangular ``L`` with ``A = L Lᵀ``; not finite where there is none."""
+    return jnp.linalg.cholesky(matrix)
+
+
+@jax.custom_batching.sequential_vmap
+def eigh(matrix: Float[Array, "d d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=True)
+    return values, vectors
+
+
 def contract(equation: str, *arrays: Array) -> Array:
     """``jnp.einsum`` at the highest precision, accumulated (and returned) in float32 or wider."""
     return jnp.einsum(

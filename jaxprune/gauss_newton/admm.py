@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.attention import accumulation_dtype, check_finite, contract
+from jaxprune.attention import accumulation_dtype, check_finite, contract, eigh
 from jaxprune.errors import InputError
 from jaxprune.sparsity import Group, Sparsity, keep_highest, keep_mask
 
@@ -97,14 +97,6 @@ def factorise(f: Float[Array, "*p d d"], damping: float | Array = 0.01) -> Facto
     return _factorise(f, jnp.asarray(damping, accumulation_dtype(f)))
 
 
-# One matrix at a time: on a CPU, batches of two independent decompositions share the threads of
-# one pool and may wait for each other for ever (jaxlib 0.10).
-@jax.custom_batching.sequential_vmap
-def _eigh(matrix: Float[Array, "d d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=True)
-    return values, vectors
-
-
 def unit_diagonal(f: Float[Array, "*p d d"], damping: Array) -> tuple[Array, Array, Array]:
     """``(S F S + δ I) / (1 + δ)``, ``1 / S`` and ``S``, both zero where ``F`` has no diagonal."""
     wide = f.astype(damping.dtype)
@@ -120,7 +112,7 @@ def unit_diagonal(f: Float[Array, "*p d d"], damping: Array) -> tuple[Array, Arr
 @jax.jit
 def _factorise(f: Array, damping: Array) -> Factor:
     unit, scale, _ = unit_diagonal(f, damping)
-    values, vectors = jax.vmap(_eigh)(unit.reshape(-1, *unit.shape[-2:]))
+    values, vectors = jax.vmap(eigh)(unit.reshape(-1, *unit.shape[-2:]))
     values, vectors = values.reshape(scale.shape), vectors.reshape(unit.shape)
     # The damping bounds eigenvalues from below, but for rounding and for indefinite matrices.
     least = damping / (1 + damping)

@@ -47,7 +47,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jaxprune.attention import accumulation_dtype, check_finite, contract
+from jaxprune.attention import accumulation_dtype, check_finite, cholesky, contract
 from jaxprune.errors import InputError
 from jaxprune.gauss_newton.admm import unit_diagonal
 from jaxprune.sharding import AXES, over_mesh
@@ -221,7 +221,7 @@ def _leverage_map(a: Float[Array, "d d"], key: Key[Array, ""]) -> Float[Array, "
     d = a.shape[0]
     sketch = random_signs(key, (d, _SKETCH), unit.dtype) if d > _SKETCH else jnp.eye(d)
     whitened = inverse[:, None] * lax.linalg.triangular_solve(
-        jnp.linalg.cholesky(unit),
+        cholesky(unit),
         sketch.astype(unit.dtype),
         left_side=True,
         lower=True,
