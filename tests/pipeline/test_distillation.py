@@ -1,9 +1,12 @@
 """Distillation of pruned blocks from the dense model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_llama import CONFIG
 
 from jaxprune.descent.loop import descend
 from jaxprune.models import llama
@@ -24,16 +27,7 @@ NAMES = ("wq", "wk")
 @pytest.fixture(scope="module")
 def dense():
     """The golden model whose query heads share key heads, with attention that is not flat."""
-    config = llama.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        tie_word_embeddings=True,
-    )
+    config = dataclasses.replace(CONFIG, num_hidden_layers=2)
     model = llama.Llama(config, key=jax.random.key(0))
     blocks = model.blocks.get_value()
     model.blocks.set_value(jax.tree.map(lambda w: w * (12 if w.ndim == 3 else 1), blocks))
