@@ -162,7 +162,8 @@ def test_segments_of_a_sequence_compute_the_same(monkeypatch, entries):
     monkeypatch.setattr("jaxprune.models.llama.modeling._SEGMENTS", 5)
     jax.clear_caches()
     for found, expected in zip(jax.jit(logits_and_gradient)(embedded), whole, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-4)
+        # Sums in another order: rounding of the largest entries reaches all others.
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_bfloat16_is_near_float32():
