@@ -22,6 +22,9 @@ jax.config.update("jax_disable_most_optimizations", True)
 if jax.__version_info__[:2] == (0, 10):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FEWER_PASSES}".strip()
 
+# Where other processes compute, threads of LAPACK wait for each other: 50 times as long.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 # Scripts keep compiled programs in the user's cache; tests leave it alone.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 

@@ -219,6 +219,7 @@ def test_how_many_heads_go_together_does_not_matter(heads, finished, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_identical_files(
     heads, finished, tmp_path, monkeypatch, capsys
 ):
@@ -246,6 +247,7 @@ def test_an_interrupted_run_resumes_to_identical_files(
     assert all((masks[name] == expected[name]).all() for name in masks)
 
 
+@pytest.mark.slow
 def test_redraw_needs_the_metrics_only(heads, finished, tmp_path):
     metrics = finished / "whole" / "metrics.csv"
     (tmp_path / "metrics.csv").write_bytes(metrics.read_bytes())

@@ -47,9 +47,7 @@ def flags(model, text, out, *more, distill=0):
 
 
 # The others differ in what they prune a matrix by, which tests of the pipeline look at.
-QUICK = {
-    *(("wanda", "0.5", "all"), ("sparsegpt", "2:4", "all")),
-}
+QUICK = {("sparsegpt", "2:4", "all")}
 CASES = [
     pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow)
     for each in itertools.product(METHODS, ("0.5", "2:4"), TARGETS)
@@ -102,7 +100,11 @@ def check_pruned(prune, model, text, tmp_path, method, sparsity, targets):
 
 @pytest.mark.parametrize(
     ("method", "allocate", "targets"),
-    [("gauss-newton", "model", "all"), ("wanda", "block", "all"), ("gauss-newton", "model", "qk")],
+    [
+        ("gauss-newton", "model", "all"),
+        pytest.param("wanda", "block", "all", marks=pytest.mark.slow),
+        pytest.param("gauss-newton", "model", "qk", marks=pytest.mark.slow),
+    ],
 )
 def test_a_shared_budget_is_kept_to_the_entry(
     prune, checkpoint, text, tmp_path, method, allocate, targets

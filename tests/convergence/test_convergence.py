@@ -221,7 +221,7 @@ class TestCertifiedLipschitz:
             pytest.param(1, 3, None, marks=slow),
             pytest.param(2, 1, None, marks=slow),
             pytest.param(9, 4, None, marks=slow),
-            (33, 8, None),
+            pytest.param(33, 8, None, marks=slow),
             (5, 8, 3),
         ],
     )
@@ -342,8 +342,8 @@ class TestTheorem:
 
 
 class TestStepSizes:
-    @pytest.mark.parametrize("rule", ["certified", "curvature"])
-    @pytest.mark.parametrize("projected", [False, True])
+    @pytest.mark.parametrize("rule", [pytest.param("certified", marks=slow), "curvature"])
+    @pytest.mark.parametrize("projected", [pytest.param(False, marks=slow), True])
     @pytest.mark.parametrize(
         "scale", [pytest.param(0.05, marks=slow), 0.5, pytest.param(4.0, marks=slow)]
     )
@@ -393,6 +393,7 @@ class TestStepSizes:
         assert series.squared_gradient_norm[-1] > 1
         assert "active first at step 0" in found.describe()
 
+    @slow
     @pytest.mark.parametrize("rule", ["curvature", "backtracking"])
     def test_a_curvature_that_changes_from_step_to_step_is_followed(self, rule):
         """Rosenbrock's valley: curvature grows by two orders on the way."""
@@ -466,6 +467,7 @@ class TestStepSizes:
         assert "cond" in outside
         assert "while" not in outside
 
+    @slow
     def test_recorded_curvatures_leave_the_descent_alone(self, key):
         x, w = head(key)
         plain = mask_descent(x, w, optax.sgd(0.1))
@@ -663,6 +665,7 @@ class TestMonitor:
 
 
 class TestPruneAttention:
+    @slow
     def test_takes_step_rules_and_monitors(self, key):
         x, w = head(key, b=2)
         lam = 0.05

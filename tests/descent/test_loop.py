@@ -354,7 +354,9 @@ def test_vmap_over_penalties_rates_and_seeds_equals_a_loop(key):
         assert_equal(jax.tree.map(lambda a, i=i: a[i], mapped), one, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("argument", ["lam", "w", "x"])
+@pytest.mark.parametrize(
+    "argument", ["lam", *(pytest.param(a, marks=pytest.mark.slow) for a in ("w", "x"))]
+)
 def test_reverse_mode_through_a_descent_agrees_with_finite_differences(x64, argument):
     keys = jax.random.split(jax.random.key(0), 4)
     point = {

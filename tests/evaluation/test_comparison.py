@@ -51,7 +51,14 @@ def pruned_by_hand(method, x, wq, wk, ratio):
     return pruned.weight, (pruned.keep_mask,)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# The presets compile longest, and have tests of their own.
+ONE_BY_ONE = [
+    pytest.param(m, marks=pytest.mark.slow if m in ("gauss_newton", "descent", "admm") else ())
+    for m in METHODS
+]
+
+
+@pytest.mark.parametrize("method", ONE_BY_ONE)
 def test_outcomes_are_those_of_the_method_head_by_head(problems, method):
     outcome = compare(problems, RATIOS, method=method)
     assert outcome.calibration_error.shape == outcome.heldout_error.shape == (3, 2)

@@ -87,6 +87,7 @@ def test_one_pass_judges_as_two_do(model, tokens, batch):
         perplexity.judge(pruned, windows, expected, batch=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bos", ["one", pytest.param("each", marks=pytest.mark.slow)])
 def test_a_trained_model_has_the_perplexity_that_transformers_finds(shared, bos):
     expected = json.loads((GOLDEN / "perplexity.json").read_text())["stories260K"][bos]

@@ -116,6 +116,7 @@ def test_metrics_without_the_methods_of_later_versions_are_drawn(synthetic, fini
     assert "gauss_newton" not in table
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_identical_metrics(
     synthetic, finished, tmp_path, monkeypatch, capsys
 ):
@@ -159,6 +160,7 @@ def test_the_same_seeds_give_the_same_numbers_and_more_seeds_only_add(
     )
 
 
+@pytest.mark.slow
 def test_redraw_needs_the_metrics_only(synthetic, finished, tmp_path, monkeypatch):
     (tmp_path / "metrics.csv").write_bytes((finished / "metrics.csv").read_bytes())
     monkeypatch.setattr(synthetic, "compute", None)

@@ -22,6 +22,8 @@ from jaxprune.models.llama.files import TensorFiles
 from jaxprune.models.llama.gguf import folder as conversion
 from jaxprune.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 # Wide enough for blocks of 32 quantised entries.
 HIDDEN, HEADS, GROUPS, ROWS = 32, 4, 2, 24
 TOKENS = ["<|end|>", "<|begin|>", *"abehint", "Ġ", "Ċ", "th", "the", "Ġthe"]

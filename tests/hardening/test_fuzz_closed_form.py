@@ -37,7 +37,7 @@ D_IN, BLOCKS, K = 12, 2, 4
 D_OUT = BLOCKS * K
 DAMPING = 0.01
 
-pytestmark = pytest.mark.usefixtures("unchecked")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 
 
 def moments(draw, size, kind):
@@ -333,7 +333,6 @@ def test_moments_of_nothing_and_of_strangers(call, named):
         call(jnp.ones((B, N, D_IN)), jnp.ones((D_IN, 3)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "heads", "groups", "width"),
     [((1, 1, 1), 1, 1, 2), ((1, 4, 1), 2, 1, 2), ((3, 1, 5), 1, 1, 2), ((1, 2, 3), 3, 3, 2)],
@@ -352,7 +351,6 @@ def test_one_token_one_head_one_input(key, shape, heads, groups, width):
     assert all(np.isfinite(factor).all() for factor in fused)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (2, 2)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0, "1:2", "1:1"])
 def test_one_row_one_column(shape, sparsity):

@@ -17,9 +17,11 @@ from jaxprune import (
 )
 from jaxprune.methods.query_key import prune_query_key
 
+pytestmark = pytest.mark.slow
+
 # (tokens, width): one token, one feature, more features than tokens.
 SHAPES = [(1, 1), (1, 4), (5, 1), (3, 7)]
-EVERYTHING = ["0", "1", *(pytest.param(p, marks=pytest.mark.slow) for p in ("1:1", "4:4"))]
+EVERYTHING = ["0", "1", "1:1", "4:4"]
 
 
 def draw(key, n, d, size, dtype=jnp.float32):
@@ -66,7 +68,7 @@ def steps_of(preset):
 
 
 # A descent has the same ends as the presets beside it, and compiles the longest.
-PRESETS = ["paper", "gauss_newton", pytest.param("descent", marks=pytest.mark.slow)]
+PRESETS = ["paper", "gauss_newton", "descent"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -99,6 +99,7 @@ def test_the_smallest_shapes_work(key, prune, b, n, d):
         assert pruned.calibration_error == 0
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_and_weights_give_a_float32_weight(key, prune):
     x, w = draw(key, dtype=jnp.bfloat16)
     pruned = prune(x, w, 0.5)

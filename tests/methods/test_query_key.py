@@ -283,6 +283,7 @@ def test_unknown_presets_and_starts_are_refused(closed, change, message):
         prune_query_key(x, wq, wk, "0.5", rope=ROPE, **change)
 
 
+@pytest.mark.slow
 def test_a_monitored_descent_is_reported_on(key):
     x, wq, wk = layer(key, 8)
     watched = prune_query_key(x, wq, wk, "0.5", rope=ROPE, steps=4, monitor=True)

@@ -296,6 +296,7 @@ FIELDS = [
 ROPE_FIELDS = st.sampled_from([*YARN, *SCALING, "type", "mscale", "mscale_all_dim", "beta_fast"])
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "smollm3"]),
     st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3),

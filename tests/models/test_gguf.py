@@ -621,6 +621,7 @@ def test_a_file_cut_short_anywhere_is_one_line(made):
 
 
 # Bits of the header count for more than those of numbers.
+@pytest.mark.slow
 @settings(
     max_examples=200,
     deadline=None,

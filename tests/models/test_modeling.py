@@ -52,7 +52,13 @@ def test_there_are_golden_cases():
     assert len(CASES) >= 17
 
 
-@pytest.mark.parametrize("case", CASES)
+# Families and files of every kind; the others differ from one of these in a setting.
+QUICK = {"llama3", "mistral", "qwen2_yarn", "qwen3", "smollm3", "sharded", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES]
+)
 def test_logits_and_every_block_equal_those_of_transformers(case):
     model, expected = llama.load(GOLDEN / case), np.load(GOLDEN / case / "expected.npz")
     tokens = expected["tokens"]
@@ -68,6 +74,7 @@ def test_logits_and_every_block_equal_those_of_transformers(case):
     np.testing.assert_allclose(hidden, last, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["mistral", "qwen2_yarn", "qwen3_biases", "smollm3_yarn"])
 def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(case):
     """Both round after every map, in different orders."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from jaxprune.errors import InputError
 from jaxprune.runs import flags
 from jaxprune.runs.flags import Flag
-from jaxprune.runs.script import run_script, use_compilation_cache
+from jaxprune.runs.script import one_thread_for_lapack, run_script, use_compilation_cache
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,15 @@ def test_a_cache_that_cannot_be_written_is_not_used(monkeypatch, tmp_path, cache
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize(("chosen", "left"), [(None, "1"), ("4", "4")])
+def test_threads_of_lapack_are_one_or_as_many_as_the_user_says(monkeypatch, chosen, left):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    if chosen is not None:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", chosen)
+    one_thread_for_lapack()
+    assert os.environ["OPENBLAS_NUM_THREADS"] == left
 
 
 def test_an_error_of_the_library_names_the_flag(run):
