@@ -7,13 +7,18 @@
   algorithm1  300 steps on 32 heads, on one device and split over all, against the same in PyTorch
   sweep       a row of Figure 2, every λ and step size of it, against a PyTorch loop
   baselines   Wanda and SparseGPT against their PyTorch forms
+  layer       W_Q and W_K of a layer of SmolLM2's shape in closed form, against SparseGPT and ADMM
+  step        value and gradient of a step of descent on such a layer, against the products that
+              it needs and PyTorch with all that does not change kept
+  forward     logits of a model of SmolLM2's shape, against its products and transformers
+  prune       all maps of its first two blocks by every method
   growth      the kernel's time as n, d, heads and samples grow, with fitted exponents
   memory      temporary memory of the compiled kernel, in n x n arrays
   llama       W_Q and W_K of a layer of Llama-3.2-1B's shape, 8 x 2048 tokens, times 16 layers
 
 Contenders run in turn, again and again, so that a slow spell of the machine hits all of them;
-ratios are taken within a turn. PyTorch is optional; without it those rows are missing, which is
-said.
+ratios are taken within a turn. PyTorch and transformers are optional; without them those rows are
+missing, which is said.
 
 Example:
   python experiments/benchmark.py --quick --out runs/benchmark
@@ -22,11 +27,13 @@ Example:
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -46,12 +53,17 @@ from jaxprune.errors import InputError
 from jaxprune.methods.fused import DECAYS, algorithm1
 from jaxprune.methods.query_key import (
     QueryKeySettings,
+    prune_closed_form,
     query_key_context,
     query_key_data,
     query_key_descent,
     query_key_importance,
+    query_key_refit,
 )
+from jaxprune.models.llama import Llama, LlamaConfig
 from jaxprune.objective import fused_error
+from jaxprune.pipeline import METHODS, PruneSettings
+from jaxprune.pipeline.model import prune_model
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.folder import RunFolder
 from jaxprune.runs.metrics import Columns
@@ -77,7 +89,23 @@ GROWTH = {
 }
 RATE = 1024  # side of the product whose rate is "the rate measured"
 COLUMNS = Columns((), texts=("part",), sparse=("seconds",))
-PARTS = ("kernel", "loss", "algorithm1", "sweep", "baselines", "growth", "memory", "llama")
+PARTS = (
+    *("kernel", "loss", "algorithm1", "sweep", "baselines", "layer", "step", "forward", "prune"),
+    *("growth", "memory", "llama"),
+)
+# SmolLM2-135M.
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+    rope_theta=100000.0,
+    tie_word_embeddings=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +121,8 @@ class Config:
     """
 
     parts: tuple[str, ...] = PARTS[:-1]
-    """kernel, loss, algorithm1, sweep, baselines, growth, memory, llama (hours on a CPU)"""
+    """kernel, loss, algorithm1, sweep, baselines, layer, step, forward, prune, growth, memory,
+    llama (hours on a CPU)"""
     repeats: int = 15
     """turns of every comparison"""
     seconds: float = 20.0
@@ -352,6 +381,146 @@ def baselines_part(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
+class Layer(NamedTuple):
+    """A layer's activations and weights at random, and what a descent of it needs to know."""
+
+    x: jax.Array
+    weights: tuple[jax.Array, jax.Array]
+    wv: jax.Array
+    wo: jax.Array
+    settings: QueryKeySettings
+    form: AttentionForm
+
+
+def layer_of(config: Config, windows: int) -> Layer:
+    """Of SmolLM2's shape, 512 tokens a window; features fall off with a power law."""
+    d, heads, groups, k, n = (64, 4, 2, 16, 64) if config.quick else (576, 9, 3, 64, 512)
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = jax.random.normal(keys[0], (windows, n, d)) * jnp.arange(1.0, d + 1) ** -0.5
+    shapes = ((d, heads * k), (d, groups * k), (d, groups, k), (heads, k, d))
+    wq, wk, wv, wo = (
+        jax.random.normal(key, shape) for key, shape in zip(keys[1:], shapes, strict=True)
+    )
+    form = AttentionForm(100000.0 ** -jnp.linspace(0, 1, k // 2))
+    settings = QueryKeySettings(heads, groups, k**-0.5, Sparsity(0.5))
+    return Layer(x, (wq, wk), wv, wo, settings, form)
+
+
+def layer_part(config: Config) -> list[dict[str, Any]]:
+    """Closed form of W_Q and W_K against the layer-wise methods on the same activations."""
+    layer = layer_of(config, 8 if config.quick else 64)
+    x, weights, settings = layer.x, layer.weights, layer.settings
+
+    def closed_form(x: jax.Array, weights: tuple, key: jax.Array) -> Any:
+        return prune_closed_form(x, weights, layer.form, key, settings=settings).weights
+
+    def layer_wise(name: str, x: jax.Array, weights: tuple) -> list[jax.Array]:
+        prune = baselines.BASELINES[name].prune
+        return [prune(x, w, settings.sparsity).weight for w in weights]
+
+    contenders = {"closed form": compiled(closed_form, x, weights, jax.random.key(0))}
+    for name in ("sparsegpt", "admm"):
+        contenders[name] = compiled(partial(layer_wise, name), x, weights)
+    point = {"part": "layer", "n": x.shape[0] * x.shape[1], "d": x.shape[2]}
+    point["heads"] = settings.heads
+    return rows_of(point, contenders, turns(contenders, config), "closed form")
+
+
+def step_part(config: Config) -> list[dict[str, Any]]:
+    """Value and gradient in W_Q and W_K of the error of attention and of its output.
+
+    Causal products count by half: projections, logits of both attentions, the output's error,
+    and the gradients through all of them but the dense logits.
+    """
+    layer = layer_of(config, 8)
+    x, weights, settings = layer.x, layer.weights, layer.settings
+    context = query_key_context(weights, x, layer.form, settings, layer.wv, layer.wo)
+    batch = query_key_data(x, x, context, settings)
+    keep_masks = tuple(jnp.abs(w) > jnp.median(jnp.abs(w)) for w in weights)
+    context = context._replace(keep_masks=keep_masks)
+    pruned = tuple(jnp.where(kept, w, 0) for kept, w in zip(keep_masks, weights, strict=True))
+
+    def step(pruned: tuple, batch: dict, context: Any) -> Any:
+        objective = query_key_refit(pruned, context, settings).objective
+        return jax.value_and_grad(objective)(pruned, batch)
+
+    contenders = {"step": compiled(step, pruned, batch, context), "product": square(RATE)}
+    if torch_forms.available():
+        grouped = settings.heads, settings.kv_heads
+        form = partial(
+            torch_forms.query_key_step,
+            grouped=grouped,
+            scale=settings.scale,
+            rotary=layer.form.rope,
+        )
+        target = torch_forms.attention_of(batch["q0"], batch["k0"])
+        contenders["torch"] = in_torch(form, x, *pruned, target, batch["values"])
+    seconds = turns(contenders, config)
+    product = seconds.pop("product")
+    (b, n, d), heads = x.shape, settings.heads
+    outputs, k = sum(w.shape[1] for w in weights), weights[0].shape[1] // heads
+    # Projections and their gradients; five products of attention and one of the dense logits.
+    operations = 2 * (2 * b * n * d * outputs) + 6 * b * heads * n * n * k
+    floors = {"products needed": at_rate(operations, product)}
+    point = {"part": "step", "n": b * n, "d": d, "heads": heads}
+    return rows_of(point, contenders, seconds, "step", floors)
+
+
+def forward_part(config: Config) -> list[dict[str, Any]]:
+    """Logits of windows of 1024 tokens; causal products count by half."""
+    n, b = (64, 2) if config.quick else (1024, 4)
+    shape = replace(SMOLLM2, num_hidden_layers=2, vocab_size=512) if config.quick else SMOLLM2
+    model = Llama(shape, key=jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (b, n), 0, shape.vocab_size)
+    contenders = {
+        "logits": compiled(lambda model, tokens: model(tokens), model, tokens),
+        "product": square(RATE),
+    }
+    if torch_forms.available("transformers"):
+        contenders["transformers"] = in_torch(torch_forms.llama_logits(shape), tokens)
+    seconds = turns(contenders, config)
+    product = seconds.pop("product")
+    blocks = model.blocks.get_value()
+    maps = sum(w.size for w in blocks if w is not None and w.ndim == 3)
+    attention = shape.num_hidden_layers * 2 * n * shape.num_attention_heads * shape.head_dim
+    operations = b * n * (2 * (maps + shape.vocab_size * shape.hidden_size) + attention)
+    floors = {"products needed": at_rate(operations, product)}
+    point = {"part": "forward", "n": b * n, "d": shape.hidden_size}
+    return rows_of(point, contenders, seconds, "logits", floors)
+
+
+def prune_part(config: Config) -> list[dict[str, Any]]:
+    """Whole runs on all maps of two blocks, curvature and errors included, by every method."""
+    windows, n = (8, 32) if config.quick else (64, 512)
+    shape = replace(SMOLLM2, num_hidden_layers=2)
+    if config.quick:
+        shape = replace(shape, vocab_size=512, hidden_size=64, intermediate_size=96, head_dim=16)
+        shape = replace(shape, num_attention_heads=4, num_key_value_heads=2)
+    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (windows + 4, n))
+    tokens = tokens.astype(np.int32)
+    number = itertools.count()
+
+    def contender(method: str, folder: Path) -> Contender:
+        settings = PruneSettings(method, "all", Sparsity(0.5), distill=0)
+
+        def call() -> None:
+            model = Llama(shape, key=jax.random.key(0))
+            with RunFolder(folder / str(next(number)), config) as run:
+                fit, heldout = tokens[:windows], tokens[windows:]
+                list(prune_model(model, fit, heldout, settings, run, lambda where: None))
+
+        start = time.perf_counter()
+        call()
+        first = time.perf_counter() - start
+        return Contender(call, first)
+
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = {method: contender(method, Path(folder)) for method in METHODS}
+        seconds = turns(contenders, config)
+    point = {"part": "prune", "n": windows * n, "d": shape.hidden_size}
+    return rows_of(point, contenders, seconds, "gauss-newton")
+
+
 def growth_part(config: Config) -> list[dict[str, Any]]:
     """The kernel alone along each axis; samples are heads that the gradient is summed over."""
     rows = []
@@ -507,6 +676,10 @@ MEASURE = {
     "algorithm1": algorithm1_part,
     "sweep": sweep_part,
     "baselines": baselines_part,
+    "layer": layer_part,
+    "step": step_part,
+    "forward": forward_part,
+    "prune": prune_part,
     "growth": growth_part,
     "memory": memory_part,
     "llama": llama_part,
@@ -526,6 +699,8 @@ def prepare(config: Config) -> Experiment:
     one_device_per_core()
     if not torch_forms.available():
         print("PyTorch is not installed (pip install torch): its rows are left out")
+    elif not torch_forms.available("transformers"):
+        print("transformers is not installed (pip install transformers): its row is left out")
     return Experiment(partial(compute_all, config))
 
 

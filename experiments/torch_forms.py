@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 
-def available() -> bool:
-    """Whether PyTorch is installed."""
-    return importlib.util.find_spec("torch") is not None
+def available(*others: str) -> bool:
+    """Whether PyTorch is installed, and other packages with it."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", *others))
 
 
 def tensors(arrays: Any, device: str) -> list:
@@ -47,6 +47,75 @@ def softmax_error_gradients(q: Any, k: Any, q0: Any, k0: Any) -> tuple:
         target = torch.softmax(q0 @ k0.mT + bias, -1)
     error = 0.5 * ((torch.softmax(q @ k.mT + bias, -1) - target) ** 2).sum()
     return error.detach(), *torch.autograd.grad(error, (q, k))
+
+
+def attention_of(q: Any, k: Any) -> Any:
+    """Causal attention matrices of all heads, as what is kept between steps."""
+    import torch
+
+    queries, keys = tensors((q, k), "cpu")
+    return torch.softmax(queries @ keys.mT + _causal(queries.shape[-2], "cpu"), -1).numpy()
+
+
+def _rotated(x: Any, cos: Any, sin: Any) -> Any:
+    import torch
+
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def query_key_step(
+    x: Any,
+    wq: Any,
+    wk: Any,
+    target: Any,
+    values: Any,
+    grouped: tuple[int, int],
+    scale: float,
+    rotary: Any,
+) -> tuple:
+    """Error of a layer's attention and of its output, and gradients in ``wq`` and ``wk``.
+
+    The dense attention matrices ``[b, g, r, n, n]`` and values ``[b, g, r, n, v]`` are given.
+    """
+    import torch
+
+    heads, groups = grouped
+    b, n, _ = x.shape
+    angles = torch.arange(n, device=x.device)[:, None] * torch.tensor(
+        np.asarray(rotary), device=x.device
+    )
+    cos, sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))
+    wq, wk = wq.detach().requires_grad_(), wk.detach().requires_grad_()
+    q = (x @ wq).reshape(b, n, groups, heads // groups, -1).permute(0, 2, 3, 1, 4)
+    k = (x @ wk).reshape(b, n, groups, 1, -1).permute(0, 2, 3, 1, 4)
+    q, k = _rotated(q, cos, sin) * scale, _rotated(k, cos, sin)
+    difference = torch.softmax(q @ k.mT + _causal(n, x.device), -1) - target
+    error = 0.5 * ((difference**2).sum() + ((difference @ values) ** 2).sum()) / b
+    return error.detach(), *torch.autograd.grad(error, (wq, wk))
+
+
+def llama_logits(config: Any) -> Any:
+    """A function of token ids: logits of a Llama of this shape, as ``transformers`` has it."""
+    import torch
+    import transformers
+
+    shape = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    model = transformers.LlamaForCausalLM(shape).eval()
+
+    def logits(tokens: Any) -> Any:
+        with torch.no_grad():
+            return model(tokens.long()).logits
+
+    return logits
 
 
 def per_head(function: Any, *tensors: Any) -> list:

@@ -12,6 +12,8 @@ import pytest
 from jaxprune import softmax_error
 from jaxprune.baselines import sparsegpt, wanda
 from jaxprune.methods.fused import algorithm1
+from jaxprune.methods.query_key import query_key_context, query_key_data, query_key_refit
+from jaxprune.pipeline import METHODS
 from jaxprune.sparsity import Sparsity
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -32,9 +34,10 @@ def run(benchmark, out, *more):
 
 @pytest.mark.slow
 def test_a_quick_run_fills_the_table(benchmark, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.torch_forms, "available", lambda: False)
+    monkeypatch.setattr(benchmark.torch_forms, "available", lambda *others: False)
     out = tmp_path / "run"
     parts = ("kernel", "loss", "algorithm1", "baselines", "memory")
+    parts += ("layer", "step", "forward", "prune")
     assert run(benchmark, out, "--parts", *parts) == 0
     metrics = pd.read_csv(out / "metrics.csv")
     assert set(metrics["part"]) == set(parts)
@@ -48,6 +51,10 @@ def test_a_quick_run_fills_the_table(benchmark, tmp_path, monkeypatch, capsys):
     # Four products take a third longer than three of the same shape.
     floor = kernel.pivot_table(index=["n", "d", "heads"], columns="contender", values="seconds")
     np.testing.assert_allclose(floor["4 products"] / floor["3 products"], 4 / 3, rtol=1e-6)
+    # Every method is timed, and the first run of each as compiling.
+    whole = metrics[metrics["part"] == "prune"]
+    assert set(whole["contender"]) == set(METHODS)
+    assert (whole["compile_seconds"] > whole["seconds"]).all()
     assert "PyTorch is not installed" in capsys.readouterr().out
     assert benchmark.main(["--redraw", "--out", str(out)]) == 0
     assert "## kernel" in (out / "tables.md").read_text()
@@ -86,3 +93,27 @@ def test_torch_forms_compute_what_we_do(benchmark, key):
     theirs = forms.algorithm1(tokens[:1], weight[None], lam=0.1, rate=0.1, steps=5)
     np.testing.assert_allclose(theirs[0].numpy(), mask, rtol=1e-4, atol=1e-5)
     assert jnp.isfinite(mask).all()
+
+
+def test_the_step_in_torch_is_ours(benchmark):
+    pytest.importorskip("torch")
+    forms = benchmark.torch_forms
+    layer = benchmark.layer_of(benchmark.Config(quick=True), 2)
+    context = query_key_context(
+        layer.weights, layer.x, layer.form, layer.settings, layer.wv, layer.wo
+    )
+    batch = query_key_data(layer.x, layer.x, context, layer.settings)
+    context = context._replace(keep_masks=tuple(jnp.ones_like(w, bool) for w in layer.weights))
+    pruned = tuple(0.9 * w for w in layer.weights)
+    objective = query_key_refit(pruned, context, layer.settings).objective
+    expected, gradients = jax.value_and_grad(objective)(pruned, batch)
+    found = forms.query_key_step(
+        *forms.tensors((layer.x, *pruned), "cpu"),
+        *forms.tensors((forms.attention_of(batch["q0"], batch["k0"]), batch["values"]), "cpu"),
+        grouped=(layer.settings.heads, layer.settings.kv_heads),
+        scale=layer.settings.scale,
+        rotary=layer.form.rope,
+    )
+    for ours, theirs in zip((expected, *gradients), found, strict=True):
+        size = float(jnp.abs(ours).max())
+        np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-3, atol=1e-4 * size)
