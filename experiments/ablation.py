@@ -85,6 +85,10 @@ def _closed(**changes: Any) -> dict[str, Any]:
     return {"method": "gauss-newton", **changes}
 
 
+def _retrained(method: str) -> dict[str, Any]:
+    return {"method": method, "refit": True, "distill": 300}
+
+
 def _blocks(outputs: int) -> dict[str, Any]:
     return _closed(curvature=CurvatureSettings(outputs=outputs))
 
@@ -139,6 +143,12 @@ VARIANTS = {
     "wanda": Variant("Wanda", {"method": "wanda"}),
     "sparsegpt": Variant("SparseGPT", {"method": "sparsegpt"}),
     "magnitude": Variant("magnitude", {"method": "magnitude"}),
+    # What the same retraining makes of other masks; beside "distillation".
+    "wanda_retrained": Variant("Wanda, then refit and 300 of distillation", _retrained("wanda")),
+    "sparsegpt_retrained": Variant(
+        "SparseGPT, then refit and 300 of distillation", _retrained("sparsegpt")
+    ),
+    "admm_retrained": Variant("ADMM, then refit and 300 of distillation", _retrained("admm")),
 }
 # The variants of version 0.1.
 _EARLIER = (
@@ -274,7 +284,8 @@ def plan(config: Config) -> list[tuple[str, str, int]]:
         for variant in config.chosen:
             if patterned and "allocate" in VARIANTS[variant].changes:
                 continue
-            chance = settings_of(variant, sparsity, 0, config).first == "gauss-newton"
+            settings = settings_of(variant, sparsity, 0, config)
+            chance = settings.first == "gauss-newton" or settings.refits
             cells += [(variant, sparsity, seed) for seed in range(config.seeds if chance else 1)]
     return cells
 

@@ -1,5 +1,7 @@
 """The ablation of the preset, on a toy checkpoint."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -153,6 +155,16 @@ def test_baselines_have_no_chance_and_patterns_no_budget(ablation):
         *(("wanda", "2:4", 0), ("admm", "2:4", 0), ("closed_form", "2:4", 0)),
         ("closed_form", "2:4", 1),
     ]
+
+
+def test_other_masks_have_the_same_retraining(ablation):
+    config = ablation.Config(targets="all")
+    names = ("distillation", "wanda_retrained", "sparsegpt_retrained", "admm_retrained")
+    found = [ablation.settings_of(name, "0.5", 0, config) for name in names]
+    assert {(each.refits, each.distill, each.steps) for each in found} == {(True, 300, None)}
+    assert [each.first for each in found] == ["gauss-newton", "wanda", "sparsegpt", "admm"]
+    config = replace(config, variants=names, sparsity=("0.5",))
+    assert [seed for _, _, seed in ablation.plan(config)] == [0, 1] * 4
 
 
 @pytest.mark.parametrize("name", ["headline", "stories260K"])
