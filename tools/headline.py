@@ -39,6 +39,9 @@ METHODS = {
     "admm": "ADMM",
     "closed_form": "closed form",
     "mask_only": "descent, kept weights untouched",
+    "wanda_retrained": "Wanda, retrained",
+    "sparsegpt_retrained": "SparseGPT, retrained",
+    "admm_retrained": "ADMM, retrained",
     "descent": "**descent**",
 }
 COLUMNS = Columns(
@@ -47,9 +50,11 @@ COLUMNS = Columns(
         *("divergence", "perplexity_gap", "dense_perplexity"),
     ),
     texts=("variant", "sparsity"),
+    sparse=("seconds",),
 )
 SETTINGS = {"model": str, "calibration": str, "windows": int, "seqlen": int, "seeds": int}
 OPTIONAL = {"text": str | None, "steps": int | None}
+PRUNED = {"qk": "`W_Q` and `W_K`", "all": "All linear maps"}
 # Where a run's means over seeds or heads are, of which a page shows some.
 SUMMARY = "summary.csv"
 FIGURE2 = Columns(
@@ -257,20 +262,24 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
                     "KL divergence": rows.spread(here["divergence"]),
                     "attention error, held-out": rows.spread(here["heldout_error"]),
                     "on calibration": rows.spread(here["calibration_error"]),
+                    "seconds": f"{here['seconds'].mean():.0f}",
                 }
             )
     shown = _markdown(lines)
     text = config["text"] or config["calibration"]
     steps = "the preset's" if config["steps"] is None else config["steps"]
+    retrained = any(name.endswith("_retrained") for name in metrics["variant"])
+    fair = "Retrained: refit and 300 steps of distillation, as descent. " * retrained
     return (
         f"{shown}\n\n"
         f"{_shares_of_wanda(metrics)}"
-        f"`W_Q` and `W_K` of every layer of `{config['model']}`; dense perplexity {dense:.2f}. "
+        f"{PRUNED[config.get('targets', 'qk')]} of every layer of `{config['model']}`; dense "
+        f"perplexity {dense:.2f}. {fair}"
         f"Calibrated on {config['windows']} windows of {config['seqlen']} tokens of "
         f"`{config['calibration']}`; perplexity, KL divergence from the dense model's predictions "
         f"(nats) and held-out error on text of `{text}` that was not calibrated on; "
-        f"{steps} steps a block. Descents: mean of {config['seeds']} "
-        "seeds ± half their range; the baselines have no randomness."
+        f"{steps} steps a block. Mean of {config['seeds']} seeds ± half their range where there is "
+        "chance, in which baselines have no part; seconds on two cores."
     )
 
 

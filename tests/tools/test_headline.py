@@ -31,6 +31,7 @@ def run(headline, tmp_path):
             "heldout_error": 0.5 + 0.1 * seed,
             "divergence": 0.125,
             "perplexity_gap": 1.0 + seed,
+            "seconds": 3.0,
             "dense_perplexity": 20.0,
         }
         for sparsity in ("0.5", "2:4")
