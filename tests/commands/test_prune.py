@@ -102,7 +102,7 @@ def check_pruned(prune, model, text, tmp_path, method, sparsity, targets):
     ("method", "allocate", "targets"),
     [
         ("gauss-newton", "model", "all"),
-        pytest.param("wanda", "block", "all", marks=pytest.mark.slow),
+        ("wanda", "block", "all"),
         pytest.param("gauss-newton", "model", "qk", marks=pytest.mark.slow),
     ],
 )

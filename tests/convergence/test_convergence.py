@@ -393,8 +393,7 @@ class TestStepSizes:
         assert series.squared_gradient_norm[-1] > 1
         assert "active first at step 0" in found.describe()
 
-    @slow
-    @pytest.mark.parametrize("rule", ["curvature", "backtracking"])
+    @pytest.mark.parametrize("rule", [pytest.param("curvature", marks=slow), "backtracking"])
     def test_a_curvature_that_changes_from_step_to_step_is_followed(self, rule):
         """Rosenbrock's valley: curvature grows by two orders on the way."""
         fun = lambda v: (1 - v[0]) ** 2 + 100 * (v[1] - v[0] ** 2) ** 2  # noqa: E731

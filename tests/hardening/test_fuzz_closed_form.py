@@ -37,7 +37,7 @@ D_IN, BLOCKS, K = 12, 2, 4
 D_OUT = BLOCKS * K
 DAMPING = 0.01
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 def moments(draw, size, kind):
@@ -140,6 +140,7 @@ def check_pruned(found, w, sparsity, group="matrix"):
     return kept, new.astype(np.float64)
 
 
+@pytest.mark.slow
 @cases(150)
 @given(
     seed=st.integers(0, 10**6),
@@ -333,6 +334,7 @@ def test_moments_of_nothing_and_of_strangers(call, named):
         call(jnp.ones((B, N, D_IN)), jnp.ones((D_IN, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "heads", "groups", "width"),
     [((1, 1, 1), 1, 1, 2), ((1, 4, 1), 2, 1, 2), ((3, 1, 5), 1, 1, 2), ((1, 2, 3), 3, 3, 2)],
@@ -351,6 +353,7 @@ def test_one_token_one_head_one_input(key, shape, heads, groups, width):
     assert all(np.isfinite(factor).all() for factor in fused)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (2, 2)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 1.0, "1:2", "1:1"])
 def test_one_row_one_column(shape, sparsity):
@@ -412,6 +415,7 @@ def test_budgets(seed, matrices, bad, bounds, ratio):
         assert math.ceil(lowest * size - 1e-6) <= number <= highest * size + 1e-6
 
 
+@pytest.mark.slow
 @cases(30)
 @given(
     seed=st.integers(0, 10**6),

@@ -29,8 +29,6 @@ from jaxprune.runs.configuration import names
 from jaxprune.runs.flags import flag_of
 from jaxprune.sparsity import Sparsity
 
-pytestmark = pytest.mark.slow
-
 REACHED = "the model is looked for"
 
 
@@ -150,6 +148,7 @@ def test_values_of_flags(reached, which, value, how):
     check_flag(reached, which, value, how)
 
 
+@pytest.mark.slow
 @cases(160)
 @FLAG_AND_VALUE
 def test_more_values_of_flags(reached, which, value, how):
@@ -260,6 +259,7 @@ FLAGS_AND_SWITCHES = given(
 )
 
 
+@pytest.mark.slow
 @cases(40)
 @FLAGS_AND_SWITCHES
 @example(flags={"push": "me/small", "method": "obs"}, switches=set())
@@ -267,6 +267,7 @@ def test_combinations_of_flags(reached, flags, switches):
     check_combination(reached, flags, switches)
 
 
+@pytest.mark.slow
 @cases(200)
 @FLAGS_AND_SWITCHES
 def test_more_combinations_of_flags(reached, flags, switches):
