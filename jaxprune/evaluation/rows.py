@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib import ticker
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from jaxprune.baselines import BASELINES
@@ -140,37 +141,42 @@ def _retraining(row: pd.Series) -> str:
 
 
 def draw_cost(metrics: pd.DataFrame) -> Figure:
-    """Perplexity above the dense model's against seconds of pruning, a panel for each group."""
+    """Perplexity above the dense model's against seconds of pruning, a panel for each group.
+
+    Rows that were interrupted, whose time is not known, are left out.
+    """
     figure, panels = _panels(metrics, width=3.0, height=2.6, columns=3)
-    for axes, rows in panels:
-        for method, points in rows.groupby("method", sort=False):
+    for axes, there in panels:
+        rows = there[there["resumed"] != 1]
+        added = (rows["refit"] == 1) & (rows["method"] != "descent")
+        for (method, refit), points in rows.groupby([rows["method"], added], sort=False):
             look = plotting.style(str(method))
             axes.plot(
                 points["seconds"],
                 points["gap"].clip(lower=_LEAST_GAP),
                 look.marker,
                 color=look.color,
-                label=name_of(str(method)),
+                markerfacecolor="none" if refit else look.color,
+                label=name_of(str(method)) + ", refit" * bool(refit),
                 markersize=6,
             )
-        for _, point in rows[rows["allocate"] != "matrix"].iterrows():
-            where = (point["seconds"], max(point["gap"], _LEAST_GAP))
+        shared = rows[rows["allocate"] != "matrix"].sort_values("seconds")
+        for number, (_, point) in enumerate(shared.iterrows()):
+            # The second is told apart by its place: above, the first to the left.
             axes.annotate(
                 f"one budget\n({point['allocate']})",
-                where,
-                (-6, 0),
+                (point["seconds"], max(point["gap"], _LEAST_GAP)),
+                (0, 6) if number % 2 else (-6, 0),
                 textcoords="offset points",
-                ha="right",
-                va="center",
+                ha="center" if number % 2 else "right",
+                va="bottom" if number % 2 else "center",
                 fontsize=7,
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.margins(0.12)
-        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            axis.set_major_locator(ticker.FixedLocator(_ticks(*limits)))
-            axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-            axis.set_minor_locator(ticker.NullLocator())
+        _plain_ticks(axes.xaxis, axes.get_xlim())
+        _plain_ticks(axes.yaxis, axes.get_ylim())
         axes.set_xlabel("seconds of pruning")
         axes.set_ylabel("perplexity above dense")
     handles: dict[str, Artist] = {}
@@ -181,6 +187,13 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
         list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False
     )
     return figure
+
+
+def _plain_ticks(axis: Axis, limits: tuple[float, float]) -> None:
+    """Round numbers on a logarithmic axis."""
+    axis.set_major_locator(ticker.FixedLocator(_ticks(*limits)))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -211,6 +224,7 @@ def draw_gaps(metrics: pd.DataFrame) -> Figure:
         axes.set_yticks(range(len(names)), labels)
         axes.invert_yaxis()
         axes.set_xscale("log")
+        _plain_ticks(axes.xaxis, axes.get_xlim())
         axes.set_xlabel("perplexity above dense")
     return figure
 
