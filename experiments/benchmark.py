@@ -491,7 +491,7 @@ def forward_part(config: Config) -> list[dict[str, Any]]:
 
 def prune_part(config: Config) -> list[dict[str, Any]]:
     """Whole runs on all maps of two blocks, curvature and errors included, by every method."""
-    windows, n = (8, 32) if config.quick else (64, 512)
+    windows, n = (8, 32) if config.quick else (16, 512)
     shape = replace(SMOLLM2, num_hidden_layers=2)
     if config.quick:
         shape = replace(shape, vocab_size=512, hidden_size=64, intermediate_size=96, head_dim=16)
