@@ -121,8 +121,7 @@ class Config:
     """
 
     parts: tuple[str, ...] = PARTS[:-1]
-    """kernel, loss, algorithm1, sweep, baselines, layer, step, forward, prune, growth, memory,
-    llama (hours on a CPU)"""
+    """what to measure; if left out, all but llama, which takes hours on a CPU"""
     repeats: int = 15
     """turns of every comparison"""
     seconds: float = 20.0
