@@ -106,6 +106,16 @@ SMOLLM2 = LlamaConfig(
     rope_theta=100000.0,
     tie_word_embeddings=True,
 )
+QUICK_LLAMA = replace(
+    SMOLLM2,
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,14 +403,16 @@ class Layer(NamedTuple):
 
 def layer_of(config: Config, windows: int) -> Layer:
     """Of SmolLM2's shape, 512 tokens a window; features fall off with a power law."""
-    d, heads, groups, k, n = (64, 4, 2, 16, 64) if config.quick else (576, 9, 3, 64, 512)
+    shape, n = (QUICK_LLAMA, 64) if config.quick else (SMOLLM2, 512)
+    d, k = shape.hidden_size, shape.head_dim
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
     keys = jax.random.split(jax.random.key(0), 5)
     x = jax.random.normal(keys[0], (windows, n, d)) * jnp.arange(1.0, d + 1) ** -0.5
     shapes = ((d, heads * k), (d, groups * k), (d, groups, k), (heads, k, d))
     wq, wk, wv, wo = (
         jax.random.normal(key, shape) for key, shape in zip(keys[1:], shapes, strict=True)
     )
-    form = AttentionForm(100000.0 ** -jnp.linspace(0, 1, k // 2))
+    form = AttentionForm(shape.rope_theta ** -jnp.linspace(0, 1, k // 2))
     settings = QueryKeySettings(heads, groups, k**-0.5, Sparsity(0.5))
     return Layer(x, (wq, wk), wv, wo, settings, form)
 
@@ -468,7 +480,7 @@ def step_part(config: Config) -> list[dict[str, Any]]:
 def forward_part(config: Config) -> list[dict[str, Any]]:
     """Logits of windows of 1024 tokens; causal products count by half."""
     n, b = (64, 2) if config.quick else (1024, 4)
-    shape = replace(SMOLLM2, num_hidden_layers=2, vocab_size=512) if config.quick else SMOLLM2
+    shape = QUICK_LLAMA if config.quick else SMOLLM2
     model = Llama(shape, key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (b, n), 0, shape.vocab_size)
     contenders = {
@@ -491,10 +503,7 @@ def forward_part(config: Config) -> list[dict[str, Any]]:
 def prune_part(config: Config) -> list[dict[str, Any]]:
     """Whole runs on all maps of two blocks, curvature and errors included, by every method."""
     windows, n = (8, 32) if config.quick else (16, 512)
-    shape = replace(SMOLLM2, num_hidden_layers=2)
-    if config.quick:
-        shape = replace(shape, vocab_size=512, hidden_size=64, intermediate_size=96, head_dim=16)
-        shape = replace(shape, num_attention_heads=4, num_key_value_heads=2)
+    shape = QUICK_LLAMA if config.quick else replace(SMOLLM2, num_hidden_layers=2)
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (windows + 4, n))
     tokens = tokens.astype(np.int32)
     number = itertools.count()

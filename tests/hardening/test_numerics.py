@@ -67,7 +67,6 @@ def steps_of(preset):
     return None if preset == "gauss_newton" else 3
 
 
-# A descent has the same ends as the presets beside it, and compiles the longest.
 PRESETS = ["paper", "gauss_newton", "descent"]
 
 

@@ -173,7 +173,7 @@ def test_without_a_licence_none_is_claimed(written, tmp_path):
         f"---\nlicense: {'x' * 1000}\n---\n",
         "---\nlicense: []\nbase_model: []\n---\n",
         "---\nlicense: !!python/object/apply:os.system [id]\n---\n",
-        "---\na: " + "[" * 1500 + "\n---\n",
+        pytest.param("---\na: " + "[" * 5000 + "\n---\n", marks=pytest.mark.slow),
         "---\nbase_model: öwner/name\n---\n",
         b"---\nlicense: \xff\xfe\n---\n",
     ],
