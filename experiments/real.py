@@ -60,6 +60,7 @@ class Row(NamedTuple):
     allocate: str = "matrix"
     refit: bool = False
     distilled: bool = False
+    generated: bool = False
 
     @property
     def name(self) -> str:
@@ -67,12 +68,13 @@ class Row(NamedTuple):
         parts = [self.targets, self.sparsity, self.method]
         parts += [self.allocate] if self.allocate != "matrix" else []
         parts += ["refit"] if self.refit and self.method != "descent" else []
-        return "-".join(parts + (["distill"] if self.distilled else []))
+        parts += ["distill"] if self.distilled else []
+        return "-".join(parts + (["generated"] if self.generated else []))
 
 
 DENSE = Row("none", "0", rows.DENSE)
 _METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "gauss-newton", "descent")
-_RETRAINED = ("wanda", "sparsegpt", "admm", "descent")
+_RETRAINED = ("wanda", "sparsegpt", "admm")
 _SETTINGS = (("qk", "0.5"), ("qk", "0.7"), ("qk", "2:4"), ("all", "0.5"), ("all", "2:4"))
 
 
@@ -84,9 +86,13 @@ def _table() -> dict[str, Row]:
         if where == ("all", "0.5"):
             shared = [m for m in _METHODS if m != "magnitude"]
             found += [Row(*where, m, "model", m == "descent") for m in shared]
+            closed = "gauss-newton"
+            found += [Row(*where, m, generated=True) for m in ("sparsegpt", "admm", closed)]
+            found += [Row(*where, closed, "model", generated=True)]
+            found += [Row(*where, m, distilled=True) for m in (*_RETRAINED, closed)]
+            found += [Row(*where, closed, "model", distilled=True, generated=True)]
         if where in (("qk", "0.7"), ("all", "0.5")):
-            found += [Row(*where, m, refit=True) for m in _RETRAINED if m != "descent"]
-            found += [Row(*where, m, refit=True, distilled=True) for m in _RETRAINED]
+            found += [Row(*where, m, refit=True) for m in _RETRAINED]
     return {row.name: row for row in found}
 
 
@@ -130,7 +136,7 @@ class Config:
     """seeds of every row in which there is chance"""
     steps: flags.Maybe[int] = None
     """steps of a descent in every block; if left out, the preset's"""
-    distill: int = 300
+    distill: int = 48
     """steps of distillation, in rows that have it"""
     data: Annotated[Data, flags.MODEL_AND_TEXT] = Data(windows=64, seqlen=512, heldout=16)
     run: Annotated[Run, flags.RUN] = field(default=Run(out=Path("runs/smollm2")))
@@ -225,6 +231,7 @@ def settings_of(row: Row, seed: int, config: Config) -> dict[str, Any]:
         "allocate": row.allocate,
         "steps": config.steps if row.refit else None,
         "distill": config.distill if row.distilled else 0,
+        "generated": _generated(row, config),
         "batch": config.data.batch,
         "seed": seed,
     }
@@ -233,8 +240,8 @@ def settings_of(row: Row, seed: int, config: Config) -> dict[str, Any]:
 def by_chance(row: Row, calibration: str) -> bool:
     """Whether a row depends on the seed: steps, random cotangents, windows drawn from C4."""
     drawn = calibration in ("c4", "standard", "paper") and row.method != "magnitude"
-    found = row.method in ("gauss-newton", "descent") or row.refit or row.allocate != "matrix"
-    return row != DENSE and (drawn or found)
+    found = row.method in ("gauss-newton", "descent") or row.allocate != "matrix"
+    return row != DENSE and (drawn or found or row.refit or row.distilled or row.generated)
 
 
 def plan(config: Config) -> list[tuple[Row, int]]:
@@ -281,7 +288,13 @@ def _labels(row: Row, config: Config) -> dict[str, Any]:
         "allocate": row.allocate,
         "refit": int(row.refit),
         "distill": config.distill if row.distilled else 0,
+        "generated": _generated(row, config),
     }
+
+
+def _generated(row: Row, config: Config) -> int:
+    """Windows that the dense model writes: as many as are read."""
+    return (config.data.windows or 0) if row.generated else 0
 
 
 def _pruned(
@@ -318,7 +331,7 @@ def _pruned(
         "seconds": seconds,
         "peak_memory": peak,
         "resumed": int(resumed),
-        "calibration_tokens": text["windows"] * text["seqlen"],
+        "calibration_tokens": (text["windows"] + _generated(row, config)) * text["seqlen"],
     }
 
 

@@ -246,15 +246,26 @@ class AttentionForm(NamedTuple):
     norm_eps: ArrayLike = 1e-6
     rope_factor: ArrayLike | None = None
 
-    def queries(self, y: Float[Array, "*b n e"], heads: int) -> Float[Array, "*b h n k"]:
+    def queries(
+        self, y: Float[Array, "*b n e"], heads: int, positions: Int[Array, " n"] | None = None
+    ) -> Float[Array, "*b h n k"]:
         """Query heads from the output ``y`` of ``W_Q``, without the scale of the logits."""
-        return self._heads(y, heads, self.query_bias, self.query_norm)
+        return self._heads(y, heads, positions, self.query_bias, self.query_norm)
 
-    def keys(self, y: Float[Array, "*b n e"], heads: int) -> Float[Array, "*b g n k"]:
+    def keys(
+        self, y: Float[Array, "*b n e"], heads: int, positions: Int[Array, " n"] | None = None
+    ) -> Float[Array, "*b g n k"]:
         """Key heads from the output ``y`` of ``W_K``."""
-        return self._heads(y, heads, self.key_bias, self.key_norm)
+        return self._heads(y, heads, positions, self.key_bias, self.key_norm)
 
-    def _heads(self, y: Array, heads: int, bias: Array | None, norm: Array | None) -> Array:
+    def _heads(
+        self,
+        y: Array,
+        heads: int,
+        positions: Array | None,
+        bias: Array | None,
+        norm: Array | None,
+    ) -> Array:
         if bias is not None:
             y = y + bias.astype(y.dtype)
         y = y.reshape(*y.shape[:-1], heads, -1)
@@ -263,7 +274,7 @@ class AttentionForm(NamedTuple):
         y = jnp.moveaxis(y, -2, -3)
         if self.rope is None:
             return y
-        return rotary_embedding(y, self.rope, factor=self.rope_factor)
+        return rotary_embedding(y, self.rope, positions, self.rope_factor)
 
 
 def check_fused(x: Array, w: Array, name: str = "w") -> None:

@@ -116,6 +116,8 @@ class Config:
             help_behavior_hint="",
         ),
     ] = None
+    generated: int = 0
+    """windows to calibrate on that the dense model writes itself, besides --windows of text"""
     data: Annotated[Data, flags.MODEL_AND_TEXT] = Data()
     devices: Annotated[flags.Devices, flags.DEVICES_AND_MEMORY] = dataclasses.field(
         default=flags.Devices()

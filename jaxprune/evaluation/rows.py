@@ -27,6 +27,7 @@ COLUMNS = Columns(
         *("calibration_error", "heldout_error", "achieved_sparsity"),
         *("seconds", "peak_memory", "resumed", "calibration_tokens", "row_seconds"),
     ),
+    optional=("generated",),
 )
 """Of the metrics: one row for each pruned model, and one for the dense model."""
 
@@ -43,7 +44,7 @@ _SHOWN = {
     "peak_memory": "peak GiB",
 }
 # Columns that a table is without where they say no more than this.
-_USUAL = {"budget": "matrix", "retraining": ""}
+_USUAL = {"budget": "matrix", "retraining": "", "text": "read"}
 BRIEF = ("perplexity", "gap", "divergence", "seconds")
 """Columns of the table of a first page."""
 
@@ -95,12 +96,12 @@ def with_gaps(metrics: pd.DataFrame) -> pd.DataFrame:
 def table(metrics: pd.DataFrame, columns: Sequence[str] = tuple(_SHOWN)) -> str:
     """A Markdown table: the dense row, then groups of equal maps and sparsity, best in bold.
 
-    Without the columns of the budget and of retraining where nothing is shared or retrained.
+    Without the columns of the budget, of retraining and of text where all rows are alike.
     """
     shown_columns = {name: _SHOWN[name] for name in columns}
     metrics = with_gaps(metrics)
     dense = metrics[metrics["method"] == DENSE].iloc[0]
-    first = {"sparsity": "none", "method": DENSE, "budget": "", "retraining": ""}
+    first = {"sparsity": "none", "method": DENSE, "budget": "", "retraining": "", "text": ""}
     lines = [first | dict.fromkeys(shown_columns.values(), "")]
     lines[0][_SHOWN["perplexity"]] = f"{dense['perplexity']:.2f}"
     pruned = metrics[metrics["method"] != DENSE]
@@ -114,6 +115,7 @@ def table(metrics: pd.DataFrame, columns: Sequence[str] = tuple(_SHOWN)) -> str:
                 "method": name_of(one["method"]),
                 "budget": one["allocate"],
                 "retraining": _retraining(one),
+                "text": "and generated" if _generated(one) else "read",
             }
             for name, shown in shown_columns.items():
                 line[shown] = _cell(seeds, name, best.get(name))
@@ -134,6 +136,11 @@ def _cell(seeds: pd.DataFrame, name: str, best: float | None) -> str:
     return f"**{text}**" if best is not None and values.mean() == best else text
 
 
+def _generated(row: pd.Series) -> bool:
+    """Whether windows were generated; rows of earlier versions do not say."""
+    return bool(row.get("generated", 0) > 0)
+
+
 def _retraining(row: pd.Series) -> str:
     parts = ["blocks"] if row["refit"] else []
     parts += [f"{row['distill']:.0f} steps of distillation"] if row["distill"] else []
@@ -148,16 +155,16 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
     figure, panels = _panels(metrics, width=3.0, height=2.6, columns=3)
     for axes, there in panels:
         rows = there[there["resumed"] != 1]
-        added = (rows["refit"] == 1) & (rows["method"] != "descent")
-        for (method, refit), points in rows.groupby([rows["method"], added], sort=False):
+        added = (rows["refit"] == 1) & (rows["method"] != "descent") | (rows["distill"] > 0)
+        for (method, retrained), points in rows.groupby([rows["method"], added], sort=False):
             look = plotting.style(str(method))
             axes.plot(
                 points["seconds"],
                 points["gap"].clip(lower=_LEAST_GAP),
                 look.marker,
                 color=look.color,
-                markerfacecolor="none" if refit else look.color,
-                label=name_of(str(method)) + ", refit" * bool(refit),
+                markerfacecolor="none" if retrained else look.color,
+                label=name_of(str(method)) + ", retrained" * bool(retrained),
                 markersize=6,
             )
         shared = rows[rows["allocate"] != "matrix"].sort_values("seconds")
@@ -219,7 +226,8 @@ def draw_gaps(metrics: pd.DataFrame) -> Figure:
             axes.plot(gaps, [place] * len(gaps), look.marker, color=look.color, markersize=5)
             shared = "" if one["allocate"] == "matrix" else f"budget: {one['allocate']}"
             retrained = f"retrained: {_retraining(one)}" if _retraining(one) else ""
-            notes = [note for note in (shared, retrained) if note]
+            generated = "generated text" * _generated(one)
+            notes = [note for note in (shared, retrained, generated) if note]
             labels.append(name_of(one["method"]) + (f" ({'; '.join(notes)})" if notes else ""))
         axes.set_yticks(range(len(names)), labels)
         axes.invert_yaxis()

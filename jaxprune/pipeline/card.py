@@ -168,6 +168,8 @@ def _what(
 def _how(settings: PruneSettings, config: LlamaConfig, dtype: str, outcome: Outcome) -> str:
     achieved = [v for values in outcome.achieved_sparsity.values() for v in values]
     fit, heldout = (_windows(outcome.texts[name]) for name in ("calibration", "heldout"))
+    if settings.generated:
+        fit += f"; and on {settings.generated:,} more that the dense model wrote"
     rows = {
         "Method": f"`{settings.method}`: {method_in_words(settings, config)}",
         "Sparsity": f"{_asked(settings)}; achieved: {_range(achieved)}",

@@ -69,6 +69,7 @@ class PruneRequest:
     propagate: bool = True
     steps: int | None = None
     distill: int | None = None
+    generated: int = 0
     batch: int = 8
     seed: int = 0
     dtype: str = "float32"
@@ -104,6 +105,7 @@ class PruneRequest:
             propagate=self.propagate,
             steps=self.steps,
             distill=self.distill,
+            generated=self.generated,
             batch=self.batch,
             seed=self.seed,
         )
@@ -195,6 +197,7 @@ def prune_checkpoint(
     propagate: bool = True,
     steps: int | None = None,
     distill: int | None = None,
+    generated: int = 0,
     batch: int = 8,
     seed: int = 0,
     dtype: str = "float32",
@@ -230,6 +233,7 @@ def prune_checkpoint(
       propagate: calibrate on the model as pruned so far.
       steps: of a descent in every block; the preset's if ``None``.
       distill: steps of the distillation at the end; see ``PruneSettings``.
+      generated: windows to calibrate on that the dense model writes, besides those read.
       batch: windows at once in forward passes.
       seed: of random batches, cotangents, and windows drawn from C4.
       dtype: of the model's weights and activations, ``float32`` or ``bfloat16``.
@@ -272,6 +276,7 @@ def prune_checkpoint(
         propagate=propagate,
         steps=steps,
         distill=distill,
+        generated=generated,
         batch=batch,
         seed=seed,
         dtype=dtype,
@@ -343,8 +348,9 @@ def _plan(
     settings: PruneSettings, config: llama.LlamaConfig, fit: Windows, heldout: Windows
 ) -> str:
     # Where the dense stream is whole, what the block at hand makes of it is held beside it.
-    dense = 2 * fit.tokens.size if settings.needs_dense_stream else heldout.tokens.size
-    hidden = 4 * config.hidden_size * (dense + fit.tokens.size + heldout.tokens.size)
+    seen = fit.tokens.size + settings.generated * fit.tokens.shape[1]
+    dense = 2 * seen if settings.needs_dense_stream else heldout.tokens.size
+    hidden = 4 * config.hidden_size * (dense + seen + heldout.tokens.size)
     line = (
         f"{settings.method} on {', '.join(settings.names)} of {config.num_hidden_layers} blocks; "
         f"besides the weights and one block's work, {hidden / 2**20:.0f} MiB of hidden states are "

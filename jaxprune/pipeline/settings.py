@@ -55,6 +55,7 @@ class PruneSettings:
       steps: of a descent; the preset's if ``None``.
       distill: steps of the distillation at the end, of all kept weights; if ``None``, the
         preset's after ``descent`` in models of up to 100 million parameters, else none.
+      generated: windows to calibrate on that the dense model writes, besides those given.
       curvature: of the predictions, where it is needed.
       correction: share of the residual stream's error so far that the closed form of ``all`` has
         ``W_O`` and ``W_down`` take back.
@@ -74,6 +75,7 @@ class PruneSettings:
     propagate: bool = True
     steps: int | None = None
     distill: int | None = None
+    generated: int = 0
     curvature: CurvatureSettings = field(default=CurvatureSettings())
     correction: float = 0.5
     batch: int = 8
@@ -135,6 +137,8 @@ class PruneSettings:
             raise InputError(f"steps {self.steps}: expected 1 or more")
         if self.distill is not None and self.distill < 0:
             raise InputError(f"distill {self.distill}: expected 0 or more steps")
+        if self.generated < 0:
+            raise InputError(f"generated {self.generated}: expected 0 or more windows")
         if self.distill and self.refit is False:
             raise InputError("distill: not with refit=False, which keeps the weights' values")
         if min(self.curvature) < 1:

@@ -21,24 +21,27 @@ class Columns(NamedTuple):
       texts: columns of words.
       known: words that a column may have.
       sparse: columns of numbers that rows may lack.
+      optional: sparse ones that runs of earlier versions lack altogether.
     """
 
     numbers: tuple[str, ...]
     texts: tuple[str, ...] = ()
     known: Mapping[str, Iterable[str]] = {}
     sparse: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
 
     def check(self, metrics: pd.DataFrame, where: str) -> None:
         """Raise ``InputError`` naming the first column that is not so, and ``where``."""
         asked = (*self.texts, *self.numbers, *self.sparse)
         _check_present(metrics, asked, where)
-        for name in asked:
+        sparse = (*self.sparse, *(name for name in self.optional if name in metrics))
+        for name in (*self.texts, *self.numbers, *sparse):
             column = metrics[name]
             if name in self.texts:
                 good = column.isin(list(self.known[name])) if name in self.known else column.notna()
             else:
                 good = np.isfinite(pd.to_numeric(column, errors="coerce").astype(float))
-                good |= column.isna() & (name in self.sparse)
+                good |= column.isna() & (name in sparse)
             if not good.all():
                 raise InputError(
                     f"{where}: {name} {column[~good].iloc[0]}, not a "
