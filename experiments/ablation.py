@@ -140,6 +140,9 @@ VARIANTS = {
         f"windows_{count}": Variant(f"{count} windows of calibration", {}, windows=count)
         for count in (8, 16, 32, 64)
     },
+    "generated_text": Variant(
+        "closed form, 64 windows more that the model writes", _closed(generated=64)
+    ),
     "wanda": Variant("Wanda", {"method": "wanda"}),
     "sparsegpt": Variant("SparseGPT", {"method": "sparsegpt"}),
     "magnitude": Variant("magnitude", {"method": "magnitude"}),

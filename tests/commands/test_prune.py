@@ -154,6 +154,50 @@ def test_a_mask_alone_leaves_kept_weights_as_they_were(prune, checkpoint, text, 
     assert (after[name][kept] == before[name][kept]).all()
 
 
+def test_windows_that_the_model_writes_are_calibrated_on_and_kept_for_a_resumed_run(
+    prune, checkpoint, text, tmp_path, monkeypatch
+):
+    from jaxprune.pipeline import model as pipeline
+
+    source, more = checkpoint(MODEL), ("--method", "sparsegpt")
+    assert prune(flags(source, text, tmp_path / "read", *more)) == 0
+    written, seen = pipeline.continuations, []
+
+    def recorded(model, prompts, length, key):
+        seen.append(written(model, prompts, length, key))
+        return seen[-1]
+
+    monkeypatch.setattr(pipeline, "continuations", recorded)
+    more = (*more, "--generated", "12")
+    assert prune(flags(source, text, tmp_path / "whole", *more)) == 0
+    (windows,) = seen
+    assert windows.shape == (12, 32)
+    # There are eight windows of text: the ninth opens as the first, and goes on otherwise.
+    np.testing.assert_array_equal(windows[0, :16], windows[8, :16])
+    assert (windows[0, 16:] != windows[8, 16:]).any()
+
+    find, interrupt = pipeline._find_masks, [True]
+
+    def interrupted(*arguments):
+        if interrupt.pop():
+            raise KeyboardInterrupt
+        interrupt.append(False)
+        return find(*arguments)
+
+    monkeypatch.setattr(pipeline, "_find_masks", interrupted)
+    arguments = flags(source, text, tmp_path / "parts", *more, "--resume")
+    assert prune(arguments) == 130
+    interrupt.append(False)
+    assert prune(arguments) == 0
+    assert len(seen) == 2
+    read, whole, parts = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("read", "whole", "parts")
+    )
+    assert whole == parts != read
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "and on 12 more that the dense model wrote" in card
+
+
 @pytest.mark.parametrize("targets", ["qk", pytest.param("all", marks=pytest.mark.slow)])
 def test_interrupted_anywhere_then_resumed_gives_the_same_bits(
     prune, checkpoint, text, tmp_path, monkeypatch, targets
@@ -251,6 +295,7 @@ def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
         (("--allocate", "model", "--lowest", "0.6"), "--lowest 0.6"),
         (("--distill", "5", "--no-refit"), "--distill"),
         (("--distill", "-1"), "--distill"),
+        (("--generated", "-1"), "--generated"),
         (("--steps", "0"), "--steps"),
         (("--steps", "9", "--method", "magnitude"), "--steps: has no effect on magnitude"),
         (("--no-propagate", "--method", "wanda"), "--no-propagate: has no effect on wanda"),
