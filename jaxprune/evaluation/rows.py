@@ -141,6 +141,12 @@ def _generated(row: pd.Series) -> bool:
     return bool(row.get("generated", 0) > 0)
 
 
+def _note(row: pd.Series) -> str:
+    """What a marker of the cost figure does not say of a row: its budget, its text."""
+    shared = f"one budget\n({row['allocate']})" * (row["allocate"] != "matrix")
+    return "\n".join(filter(None, (shared, "generated text" * _generated(row))))
+
+
 def _retraining(row: pd.Series) -> str:
     parts = ["blocks"] if row["refit"] else []
     parts += [f"{row['distill']:.0f} steps of distillation"] if row["distill"] else []
@@ -167,11 +173,12 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
                 label=name_of(str(method)) + ", retrained" * bool(retrained),
                 markersize=6,
             )
-        shared = rows[rows["allocate"] != "matrix"].sort_values("seconds")
-        for number, (_, point) in enumerate(shared.iterrows()):
-            # The second is told apart by its place: above, the first to the left.
+        noted = rows.assign(note=[_note(row) for _, row in rows.iterrows()])
+        noted = noted[noted["note"] != ""].sort_values("seconds")
+        for number, (_, point) in enumerate(noted.iterrows()):
+            # Neighbours are told apart by their place: to the left, above.
             axes.annotate(
-                f"one budget\n({point['allocate']})",
+                point["note"],
                 (point["seconds"], max(point["gap"], _LEAST_GAP)),
                 (0, 6) if number % 2 else (-6, 0),
                 textcoords="offset points",

@@ -147,9 +147,7 @@ def prune_model(
       InputError: activations or losses are not finite, or a Hessian cannot be factorised.
     """
     settings.check(model.config)
-    total = units(settings, model.config)
-
-    before = int(settings.generated > 0)
+    total, before = units(settings, model.config), int(settings.generated > 0)
 
     def report(done: int, doing: str) -> None:
         progress(Progress(before + done, total, doing))
