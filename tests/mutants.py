@@ -28,6 +28,7 @@ TESTS = {
     "gauss_newton/residuals.py": ["tests/gauss_newton/test_moments.py"],
     "gauss_newton/admm.py": ["tests/gauss_newton/test_kronecker_admm.py"],
     "pipeline/closed_form.py": ["tests/pipeline/test_closed_form.py"],
+    "models/llama/sampling.py": ["tests/models/test_sampling.py"],
     "baselines/magnitude.py": ["tests/baselines/test_magnitude.py", "tests/baselines"],
     "baselines/wanda.py": ["tests/baselines/test_wanda.py", "tests/baselines"],
     "baselines/sparsegpt.py": ["tests/baselines/test_sparsegpt.py", "tests/baselines"],
@@ -165,6 +166,11 @@ MUTANTS = [
     Mutant("pipeline/closed_form.py", "target[0] - hidden + contract(", "contract("),
     Mutant("pipeline/closed_form.py", "settings.correction * ridge", "ridge"),
     Mutant("pipeline/closed_form.py", "return share * mean", "return mean"),
+    # Text that a model writes.
+    Mutant("models/llama/sampling.py", "<= position, logits", "< position + 9, logits"),
+    Mutant("models/llama/sampling.py", "(layer, 0, 0, position, 0)", "(layer, 0, 0, 0, 0)"),
+    Mutant("models/llama/sampling.py", "position[None]", "0 * position[None]"),
+    Mutant("models/llama/sampling.py", "position + 1 < given", "position < given"),
 ]
 
 
