@@ -175,15 +175,15 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
             )
         noted = rows.assign(note=[_note(row) for _, row in rows.iterrows()])
         noted = noted[noted["note"] != ""].sort_values("seconds")
-        for number, (_, point) in enumerate(noted.iterrows()):
-            # Neighbours are told apart by their place: to the left, above.
+        for left, (_, point) in zip(range(len(noted))[::-1], noted.iterrows(), strict=True):
+            # To the left; of the last, where the others are, above.
             axes.annotate(
                 point["note"],
                 (point["seconds"], max(point["gap"], _LEAST_GAP)),
-                (0, 6) if number % 2 else (-6, 0),
+                (-6, 0) if left else (0, 6),
                 textcoords="offset points",
-                ha="center" if number % 2 else "right",
-                va="bottom" if number % 2 else "center",
+                ha="right" if left else "center",
+                va="center" if left else "bottom",
                 fontsize=7,
             )
         axes.set_xscale("log")
