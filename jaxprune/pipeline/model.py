@@ -172,7 +172,7 @@ def _generated(
 
     def compute() -> list[dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(settings.seed), model.config.num_hidden_layers + 2)
-        opened = tokens[np.arange(settings.generated) % windows, : min(_OPENING, length)]
+        opened = tokens[np.arange(settings.generated) % windows, :_OPENING]
         written = continuations(model, opened, length, key)
         on_process_zero(lambda: write_arrays(run.part_file(name), tokens=written))
         return []
