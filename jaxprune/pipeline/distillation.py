@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from jaxprune.descent.gradual import refit_descent
+from jaxprune.descent.gradual import refit_descent, split_sequences
 from jaxprune.descent.loop import Descent
 from jaxprune.descent.relaxations import KeepMasks, Weights
 from jaxprune.models.llama.losses import head_divergences
@@ -92,22 +92,52 @@ def distillation_problem(
     dense: BlockWeights,
     keep_masks: dict[str, Bool[Array, "l _ _"]],
     tokens: Int[Array, "w n"],
+    key: Key[Array, ""],
     settings: DistillationSettings,
 ) -> Problem:
     """The distillation of a model pruned so far.
+
+    What validates is changed once as the windows of a step are. The windows themselves are what
+    the blocks were pruned on: after the closed form of SmolLM2-135M the divergence on them is a
+    quarter of that on fresh text, and no step lowers it, whatever it does elsewhere.
 
     Args:
       model: the pruned model.
       dense: weights of all blocks of the dense one.
       keep_masks: of the pruned matrices of all blocks, by the names of ``BlockWeights``.
       tokens: windows, of which every eighth validates.
+      key: randomness of those.
       settings: static choices.
     """
     blocks = model.blocks.get_value()
     names = tuple(sorted(keep_masks))
     weights = movable({name: getattr(blocks, name) for name in names})
     context = DistillationContext(model, dense, keep_masks)
-    return Problem(distillation, settings, weights, {"tokens": tokens}, context, names)
+    fit, validation = split_sequences({"tokens": tokens})
+    return Problem(
+        distillation,
+        settings,
+        weights,
+        fit,
+        context,
+        names,
+        _changed(context, validation["tokens"], key, settings),
+    )
+
+
+def _changed(
+    context: DistillationContext,
+    tokens: Int[Array, "w n"],
+    key: Key[Array, ""],
+    settings: DistillationSettings,
+) -> PyTree:
+    """All windows resampled, as many at once as in a step."""
+    change, at_once = jax.jit(partial(resampled, share=settings.resampled)), settings.batch_size
+    parts = [
+        change(context, key=jax.random.fold_in(key, i), batch={"tokens": tokens[i : i + at_once]})
+        for i in range(0, len(tokens), at_once)
+    ]
+    return jax.tree.map(lambda *windows: jnp.concatenate(windows), *parts)
 
 
 def _window_divergences(

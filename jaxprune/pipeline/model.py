@@ -363,8 +363,11 @@ def _distill(
     def compute() -> list[dict[str, Any]]:
         masks = {w: jnp.stack([jnp.asarray(kept[w]) for _, kept, _ in blocks]) for w in names}
         chosen = _distillation_settings(settings, model.config, tokens.shape[1])
-        problem = distillation_problem(model, dense, masks, jnp.asarray(tokens), chosen)
-        key = jax.random.fold_in(jax.random.key(settings.seed), model.config.num_hidden_layers)
+        layers = model.config.num_hidden_layers
+        key, change = (
+            jax.random.fold_in(jax.random.key(settings.seed), layers + i) for i in (0, 3)
+        )
+        problem = distillation_problem(model, dense, masks, jnp.asarray(tokens), change, chosen)
         solution = solve(problem, key, work)
         extra = {f"distillation_{name}": value for name, value in solution.remarks.items()}
         _set_stacks(model, solution.weights)

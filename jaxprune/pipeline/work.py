@@ -33,9 +33,10 @@ class Problem(NamedTuple):
       make: weights, context and settings to the descent.
       settings: hashable, static under ``jit``; its ``steps`` are those of the descent.
       weights: where it starts, float32; the dense ones, or pruned ones that are to adapt.
-      data: arrays with a leading axis of windows.
+      data: arrays with a leading axis of windows; every eighth validates, if nothing else does.
       context: other arrays; one program serves all blocks because they are arguments of it.
       names: of the leaves of ``weights``, in their order.
+      validation: like ``data``.
     """
 
     make: Callable[[PyTree, PyTree, Any], Descent]
@@ -44,6 +45,7 @@ class Problem(NamedTuple):
     data: PyTree
     context: PyTree
     names: tuple[str, ...]
+    validation: PyTree | None = None
 
     def named(self, tree: PyTree) -> dict[str, Array]:
         """Leaves of a tree like ``weights`` by name."""
@@ -107,12 +109,14 @@ class Work:
 
 
 def solve(problem: Problem, key: Key[Array, ""], work: Work) -> Solution:
-    """Run a descent from its saved state where there is one; every eighth window validates.
+    """Run a descent from its saved state where there is one.
 
     Raises:
       InputError: the loss was never finite.
     """
-    fit, validation = split_sequences(problem.data)
+    fit, validation = problem.data, problem.validation
+    if validation is None:
+        fit, validation = split_sequences(fit)
     make, settings, weights, context = problem[0], problem[1], problem[2], problem[4]
 
     def chunk(

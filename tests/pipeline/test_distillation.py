@@ -15,6 +15,7 @@ from jaxprune.pipeline.distillation import (
     DistillationContext,
     DistillationSettings,
     distillation,
+    distillation_problem,
     resampled,
 )
 from jaxprune.pipeline.model import distillation_steps
@@ -120,6 +121,37 @@ def test_resampled_tokens_are_the_dense_models(dense, context, tokens):
 def test_no_share_changes_nothing(context, tokens):
     batch = {"tokens": tokens}
     assert resampled(context, 0.0, jax.random.key(0), batch)["tokens"] is tokens
+
+
+def test_what_validates_was_not_calibrated_on(dense, context, tokens):
+    settings = DistillationSettings(batch_size=2)
+    blocks, masks = context.dense, context.keep_masks
+
+    def problem(seed):
+        return distillation_problem(
+            context.model, blocks, masks, tokens, jax.random.key(seed), settings
+        )
+
+    found = problem(0)
+    left_out = np.asarray(tokens[7::8])
+    np.testing.assert_array_equal(
+        found.data["tokens"], np.delete(np.asarray(tokens), [7, 15], axis=0)
+    )
+    changed = np.asarray(found.validation["tokens"])
+    assert changed.shape == left_out.shape
+    assert (changed[:, 0] == left_out[:, 0]).all()
+    assert (changed != left_out).any()
+    # Both come from one batch, and not by the same draws.
+    assert (problem(0).validation["tokens"] == changed).all()
+    assert (problem(1).validation["tokens"] != changed).any()
+    # A split into batches is none of windows.
+    longer = jnp.concatenate([tokens] * 3)
+    whole = distillation_problem(
+        context.model, blocks, masks, longer, jax.random.key(0), settings
+    ).validation["tokens"]
+    assert whole.shape == (6, 24)
+    assert (whole[:, 0] == longer[7::8, 0]).all()
+    assert (whole[0] != whole[2]).any()  # the same window, of another batch
 
 
 def test_large_models_are_distilled_only_when_asked(dense, script):
