@@ -327,6 +327,7 @@ def compute(
     work.remove()
     return {
         "variant": variant,
+        "description": VARIANTS[variant].description,
         "sparsity": sparsity,
         "seed": seed,
         "calibration_error": float(np.mean([row["calibration_error"] for row in rows])),

@@ -52,6 +52,8 @@ COLUMNS = Columns(
     texts=("variant", "sparsity"),
     sparse=("seconds",),
 )
+# Of a run whose variants are more than methods.
+PARTS = Columns((*COLUMNS.numbers, "seconds", "peak_memory"), (*COLUMNS.texts, "description"))
 SETTINGS = {"model": str, "calibration": str, "windows": int, "seqlen": int, "seeds": int}
 OPTIONAL = {"text": str | None, "steps": int | None}
 PRUNED = {"qk": "`W_Q` and `W_K`", "all": "All linear maps"}
@@ -122,6 +124,9 @@ def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) ->
             return shown_by(metrics)
     if "variant" in metrics:
         COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
+        if not set(metrics["variant"]) <= set(METHODS):
+            PARTS.check(metrics, f"{run / 'metrics.csv'}")
+            return parts_table(metrics, settings_of(run, {}))
         return table(metrics, settings_of(run, {}))
     if "method" not in metrics:
         return metrics.to_markdown(index=False, disable_numparse=True)
@@ -247,34 +252,49 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
                 f"--run: no rows of {', '.join(missing)} at sparsity {sparsity} in its metrics; "
                 "see --help"
             )
-    dense = metrics["dense_perplexity"].iloc[0]
     lines: list[dict[str, str]] = []
     for sparsity in dict.fromkeys(metrics["sparsity"]):
         for name, label in METHODS.items():
             here = metrics[(metrics["sparsity"] == sparsity) & (metrics["variant"] == name)]
             if here.empty:
                 continue
-            lines.append(
-                {
-                    "sparsity": str(sparsity),
-                    "method": label,
-                    "perplexity": rows.spread(here["perplexity_gap"] + dense),
-                    "KL divergence": rows.spread(here["divergence"]),
-                    "attention error, held-out": rows.spread(here["heldout_error"]),
-                    "on calibration": rows.spread(here["calibration_error"]),
-                    "seconds": f"{here['seconds'].mean():.0f}",
-                }
-            )
-    shown = _markdown(lines)
-    text = config["text"] or config["calibration"]
-    steps = "the preset's" if config["steps"] is None else config["steps"]
+            lines.append({"sparsity": str(sparsity), "method": label, **_cells(here)})
     retrained = any(name.endswith("_retrained") for name in metrics["variant"])
     fair = "Retrained: refit and 300 steps of distillation, as descent. " * retrained
+    return f"{_markdown(lines)}\n\n{_shares_of_wanda(metrics)}{_protocol(metrics, config, fair)}"
+
+
+def parts_table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
+    """All variants of a run of ablation.py, least divergence first, with time and memory."""
+    lines = []
+    for (sparsity, _), here in sorted(
+        metrics.groupby(["sparsity", "variant"], sort=False),
+        key=lambda group: (group[0][0], group[1]["divergence"].mean()),
+    ):
+        peak = f"{here['peak_memory'].max():.1f}"
+        words = {"sparsity": str(sparsity), "variant": here["description"].iloc[0]}
+        lines.append({**words, **_cells(here), "peak GiB": peak})
+    return f"{_markdown(lines)}\n\n{_protocol(metrics, config)}"
+
+
+def _cells(here: pd.DataFrame) -> dict[str, str]:
+    """What is measured of one variant at one sparsity, over seeds."""
+    return {
+        "perplexity": rows.spread(here["perplexity_gap"] + here["dense_perplexity"]),
+        "KL divergence": rows.spread(here["divergence"]),
+        "attention error, held-out": rows.spread(here["heldout_error"]),
+        "on calibration": rows.spread(here["calibration_error"]),
+        "seconds": f"{here['seconds'].mean():.0f}",
+    }
+
+
+def _protocol(metrics: pd.DataFrame, config: dict[str, Any], more: str = "") -> str:
+    """Sentences on how a run of ablation.py was measured."""
+    text = config["text"] or config["calibration"]
+    steps = "the preset's" if config["steps"] is None else config["steps"]
     return (
-        f"{shown}\n\n"
-        f"{_shares_of_wanda(metrics)}"
         f"{PRUNED[config.get('targets', 'qk')]} of every layer of `{config['model']}`; dense "
-        f"perplexity {dense:.2f}. {fair}"
+        f"perplexity {metrics['dense_perplexity'].iloc[0]:.2f}. {more}"
         f"Calibrated on {config['windows']} windows of {config['seqlen']} tokens of "
         f"`{config['calibration']}`; perplexity, KL divergence from the dense model's predictions "
         f"(nats) and held-out error on text of `{text}` that was not calibrated on; "

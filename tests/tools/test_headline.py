@@ -111,11 +111,26 @@ def test_settings_of_another_script_are_one_line(headline, run, tmp_path, capsys
     assert shown.out == ""
 
 
+def test_variants_that_are_more_than_methods_are_all_shown(headline, run):
+    metrics = pd.read_csv(run / "metrics.csv")
+    metrics = metrics[metrics["sparsity"] == "2:4"].assign(peak_memory=1.25)
+    metrics["description"] = "in words: " + metrics["variant"]
+    changed = metrics[metrics["variant"] == "descent"].assign(variant="steps_25", description="few")
+    changed = changed.assign(divergence=[0.05, 0.15], seconds=[40, 50], peak_memory=[2.0, 3.0])
+    pd.concat([metrics, changed]).to_csv(run / "metrics.csv", index=False)
+    header, _, first, *others = cells_of(headline.table_of(run).partition("\n\n")[0])
+    assert header[:4] == ["sparsity", "variant", "perplexity", "KL divergence"]
+    assert first[:4] == ["2:4", "few", "21.50 ± 0.50", "0.100 ± 0.050"]
+    assert first[-2:] == ["45", "3.0"]
+    assert [line[1] for line in others] == [f"in words: {name}" for name in headline.METHODS]
+    assert "of 9 tokens of `zoo`" in headline.table_of(run)
+
+
 @pytest.mark.parametrize(
     ("column", "value", "named"),
     [
         ("perplexity_gap", "much", "perplexity_gap much, not a finite number"),
-        ("variant", "other", "no rows of wanda at sparsity 0.5"),
+        ("variant", "other", "no column description"),
         ("sparsity", "0.7", "no rows of wanda at sparsity 0.5"),
     ],
 )
