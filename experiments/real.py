@@ -14,6 +14,7 @@ For example::
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -93,6 +94,9 @@ def _table() -> dict[str, Row]:
             found += [Row(*where, closed, "model", distilled=True, generated=True)]
         if where in (("qk", "0.7"), ("all", "0.5")):
             found += [Row(*where, m, refit=True) for m in _RETRAINED]
+        if where == ("qk", "0.7"):
+            written = ("gauss-newton", "descent")
+            found += [Row(*where, m, refit=m == "descent", generated=True) for m in written]
     return {row.name: row for row in found}
 
 
@@ -133,7 +137,7 @@ class Config:
     rows: flags.Several[str] = ()
     """rows by name or pattern, such as all-0.5-wanda-refit or 'qk-*'; if left out, all"""
     seeds: int = 1
-    """seeds of every row in which there is chance"""
+    """seeds of every row in which there is chance; more of them may be finished"""
     steps: flags.Maybe[int] = None
     """steps of a descent in every block; if left out, the preset's"""
     distill: int = 48
@@ -142,7 +146,7 @@ class Config:
     run: Annotated[Run, flags.RUN] = field(default=Run(out=Path("runs/smollm2")))
 
     memory_flags: ClassVar[str] = "--batch, --windows or --seqlen"
-    free: ClassVar[tuple[str, ...]] = ("rows",)
+    free: ClassVar[tuple[str, ...]] = ("rows", "seeds")
 
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is fetched."""
@@ -421,8 +425,21 @@ def compute_all(
             if not config.run.keep:
                 shutil.rmtree(out, ignore_errors=True)
             bar.update(sum(amounts[: i + 1]) - bar.n)
+    found += _further_seeds(config, run)
+    order = list(dict.fromkeys(row.name for row, _ in cells))
+    found.sort(key=lambda metrics: order.index(metrics["row"]))
     with contextlib.suppress(OSError):  # not empty: checkpoints that were kept
         (run.path / "checkpoints").rmdir()
+    return found
+
+
+def _further_seeds(config: Config, run: RunFolder) -> list[dict[str, Any]]:
+    """Finished rows of more seeds than are asked for."""
+    found = []
+    for row in dict.fromkeys(row for row, _ in plan(config)):
+        parts = (part_of(row, seed) for seed in itertools.count(config.seeds))
+        for part in itertools.takewhile(run.finished, parts):
+            found += run.part(part, list)
     return found
 
 

@@ -171,6 +171,7 @@ MUTANTS = [
     Mutant("models/llama/sampling.py", "(layer, 0, 0, position, 0)", "(layer, 0, 0, 0, 0)"),
     Mutant("models/llama/sampling.py", "position[None]", "0 * position[None]"),
     Mutant("models/llama/sampling.py", "position + 1 < given", "position < given"),
+    Mutant("models/llama/sampling.py", "partial(at, stop)", "partial(at, stop - 1)"),
 ]
 
 

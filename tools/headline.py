@@ -199,7 +199,8 @@ def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
 def brief_table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
     """The table of real.py, for the first page."""
     text = config["text"] or config["calibration"]
-    several = f"; mean of {config['seeds']} seeds ± half their range" * (config["seeds"] > 1)
+    seeds = _seeds(metrics)
+    several = f"; mean ± half the range of {seeds}" * bool(seeds)
     return (
         f"{rows.table(metrics, rows.BRIEF)}\n\n"
         f"`{config['model']}`, calibrated on {config['windows']} windows of {config['seqlen']} "
@@ -211,7 +212,8 @@ def real_table(metrics: pd.DataFrame, config: dict[str, Any], environment: dict[
     """The table of real.py, and sentences on how it was measured."""
     text = config["text"] or config["calibration"]
     steps = "the preset's" if config["steps"] is None else config["steps"]
-    several = f" Mean of {config['seeds']} seeds ± half their range." * (config["seeds"] > 1)
+    seeds = _seeds(metrics)
+    several = f" With ±: mean and half the range of {seeds}." * bool(seeds)
     over = " `over`: interrupted, of the last process alone." * bool(metrics["resumed"].any())
     return (
         f"{rows.table(metrics)}\n\n"
@@ -226,6 +228,13 @@ def real_table(metrics: pd.DataFrame, config: dict[str, Any], environment: dict[
         f"{environment.get('cpu_count')} cores ({environment.get('device')}).{several}{over} In "
         "bold the best of equal maps and sparsity."
     )
+
+
+def _seeds(metrics: pd.DataFrame) -> str:
+    """How many seeds there are, where a row has several."""
+    counts = metrics.groupby("row")["seed"].nunique()
+    several = sorted(set(counts[counts > 1]))
+    return f"{' or '.join(map(str, several))} seeds" if several else ""
 
 
 def _shares_of_wanda(metrics: pd.DataFrame) -> str:

@@ -85,6 +85,26 @@ def test_an_interrupted_table_goes_on_and_is_drawn_again(
     assert list(pd.read_csv(out / "metrics.csv")["row"]) == ["none-0-dense", "qk-0.5-wanda"]
 
 
+def test_seeds_are_added_to_a_run_and_stay_in_its_table(real, where, calls, tmp_path):
+    out = tmp_path / "run"
+    rows = ["qk-0.5-wanda", "qk-0.5-gauss-newton"]
+
+    def finished(*flags):
+        assert real.main([*where, "--out", str(out), *flags]) == 0
+        metrics = pd.read_csv(out / "metrics.csv").iloc[1:]
+        return list(zip(metrics["row"], metrics["seed"], strict=True))
+
+    once = [(name, 0) for name in rows]
+    assert finished("--rows", *rows) == once
+    three = [(rows[1], seed) for seed in range(3)]
+    assert finished("--rows", rows[1], "--seeds", "3", "--resume") == three
+    computed = list(calls)
+    assert finished("--rows", *rows, "--resume") == [once[0], *three]
+    assert calls == computed
+    table = (out / "tables.md").read_text()
+    assert table.count("±") > 2
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

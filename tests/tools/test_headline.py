@@ -304,6 +304,17 @@ def test_a_brief_table_has_few_columns_and_says_so_in_its_marker(headline, real_
     assert heads[2:] == ["perplexity", "above dense", "KL divergence (nats)", "seconds"]
 
 
+def test_rows_of_several_seeds_say_so(headline, real_run):
+    assert "seeds" not in headline.table_of(real_run)
+    metrics = pd.read_csv(real_run / "metrics.csv")
+    again = metrics.iloc[2:].assign(seed=1, perplexity=22.0)
+    pd.concat([metrics, again]).to_csv(real_run / "metrics.csv", index=False)
+    for brief in (True, False):
+        shown = headline.table_of(real_run, brief=brief)
+        assert "21.50 ± 0.50" in shown
+        assert "half the range of 2 seeds" in shown
+
+
 def test_budgets_and_retraining_are_shown_where_there_are_some(headline, real_run):
     metrics = pd.read_csv(real_run / "metrics.csv")
     metrics.loc[2, ["allocate", "refit", "distill"]] = ["model", 1, 30]

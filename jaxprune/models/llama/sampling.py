@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import jax
@@ -25,6 +26,9 @@ from jaxprune.models.llama.modeling import (
 # Windows are written so many at once that their keys and values take about this many bytes: a
 # step of few windows waits for the weights to be read.
 _CACHE_BYTES = 2**30
+# A window is written in so many parts, each by a loop that reads the keys and values up to its own
+# end: reading them is much of the time.
+_STAGES = 4
 
 
 def continuations(
@@ -67,12 +71,14 @@ def _write(
     shape = (config.num_hidden_layers, b, config.num_key_value_heads, n, config.head_dim)
     empty = jnp.zeros(shape, embedding.dtype)
 
-    def at(position: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def at(
+        seen: int, position: Array, carry: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
         tokens, keys_so_far, values_so_far = carry
 
         def layer(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             weights = jax.tree.map(lambda stack: stack[i], blocks)
-            return _next(weights, i, position, carry, config)
+            return _next(weights, i, position, seen, carry, config)
 
         start = (embedding[tokens[:, position]][:, None], keys_so_far, values_so_far)
         hidden, *so_far = lax.fori_loop(0, config.num_hidden_layers, layer, start)
@@ -82,17 +88,26 @@ def _write(
         following = jnp.where(position + 1 < given, tokens[:, position + 1], sampled)
         return tokens.at[:, position + 1].set(following), *so_far
 
-    return lax.fori_loop(0, n - 1, at, (tokens, empty, empty))[0]
+    carry = (tokens, empty, empty)
+    # No loop is empty, however short the windows.
+    ends = sorted({(n - 1) * stage // _STAGES for stage in range(_STAGES + 1)})
+    for start, stop in itertools.pairwise(ends):
+        carry = lax.fori_loop(start, stop, partial(at, stop), carry)
+    return carry[0]
 
 
 def _next(
     weights: BlockWeights,
     layer: Int[Array, ""],
     position: Int[Array, ""],
+    seen: int,
     carry: tuple[Array, Array, Array],
     config: LlamaConfig,
 ) -> tuple[Array, Array, Array]:
-    """``modeling.block`` for one token of every window, after those whose keys are kept."""
+    """``modeling.block`` for one token of every window, after those whose keys are kept.
+
+    Of these the first ``seen`` are read; ``position`` is among them.
+    """
     hidden, all_keys, all_values = carry
     x = rms_norm(hidden, weights.attention_norm, config.rms_norm_eps)
     form, places = attention_form(weights, config), position[None]
@@ -102,7 +117,11 @@ def _next(
     place = (layer, 0, 0, position, 0)
     all_keys = lax.dynamic_update_slice(all_keys, k[None], place)
     all_values = lax.dynamic_update_slice(all_values, v[None], place)
-    attended = _attend(q[:, :, 0], all_keys[layer], all_values[layer], position)
+    size = (1, *all_keys.shape[1:3], seen, config.head_dim)
+    first_keys, first_values = (
+        lax.dynamic_slice(kept, (layer, 0, 0, 0, 0), size)[0] for kept in (all_keys, all_values)
+    )
+    attended = _attend(q[:, :, 0], first_keys, first_values, position)
     return after_attention(weights, hidden, x, attended, config)[0], all_keys, all_values
 
 
