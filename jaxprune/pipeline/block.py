@@ -15,6 +15,7 @@ from jaxprune.descent.gradual import gradual_descent, refit_descent, split_seque
 from jaxprune.descent.loop import Descent
 from jaxprune.descent.relaxations import KeepMasks, Weights
 from jaxprune.importance import Importance, column_sensitivity, feature_norms, importance
+from jaxprune.models.llama.activations import next_hidden
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import BlockWeights, block
 from jaxprune.pipeline.settings import PruneSettings
@@ -195,14 +196,27 @@ def block_problem(dense: BlockWeights, streams: Streams, settings: PruneSettings
 def block_refit_problem(
     dense: BlockWeights, streams: Streams, solution: Solution, settings: PruneSettings
 ) -> Problem:
-    """The descent of kept weights from where a method left them."""
+    """The descent of kept weights from where a method left them.
+
+    The target is ``α`` of what the dense model gives after the block, and ``1 - α`` of what the
+    dense block makes of the pruned model's stream; ``α`` is the setting ``correction``. Of the
+    stream's error a block can take back what is a function of its input, and of few windows it
+    learns more than that. On the first eight blocks of SmolLM2-135M, half of all maps, a refit
+    with ``α = ½`` left 7 % less divergence on fresh text than the closed form, one with ``α = 1``
+    5 %, and in six of the blocks it improved nothing that validates.
+    """
     chosen, names = block_settings(settings, streams.config), tuple(sorted(settings.names))
     masks = {name: solution.keep_masks[name] for name in names}
+    share, target = settings.correction, streams.target
+    assert target is not None
+    if share < 1:
+        own = next_hidden(dense, streams.pruned, streams.config, batch=settings.batch)
+        target = (share * target + (1 - share) * own).astype(target.dtype)
     return Problem(
         block_refit,
         chosen,
         _linear_maps(solution.weights, names),
-        {"hidden": streams.pruned, "target": streams.target},
+        {"hidden": streams.pruned, "target": target},
         BlockStart(dense, masks),
         names,
     )

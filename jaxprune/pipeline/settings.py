@@ -57,8 +57,8 @@ class PruneSettings:
         preset's after ``descent`` in models of up to 100 million parameters, else none.
       generated: windows to calibrate on that the dense model writes, besides those given.
       curvature: of the predictions, where it is needed.
-      correction: share of the residual stream's error so far that the closed form of ``all`` has
-        ``W_O`` and ``W_down`` take back.
+      correction: share of the residual stream's error so far that ``all`` takes back in every
+        block: in the closed form by ``W_O`` and ``W_down``, in a refit by all maps.
       batch: windows at once in forward passes.
       seed: of random batches and random cotangents.
       tuning: further changes to the settings of a descent.

@@ -9,7 +9,10 @@ from tiny_llama import CONFIG
 from jaxprune.models import llama
 from jaxprune.models.llama import modeling
 from jaxprune.models.llama.modeling import INPUT_OF
-from jaxprune.pipeline.block import BlockSettings, BlockStart, block_refit
+from jaxprune.pipeline import PruneSettings
+from jaxprune.pipeline.block import BlockSettings, BlockStart, block_refit, block_refit_problem
+from jaxprune.pipeline.streams import Streams
+from jaxprune.pipeline.work import Solution
 from jaxprune.sparsity import Sparsity
 
 WINDOWS, TOKENS = 3, 10
@@ -54,3 +57,17 @@ def test_a_refit_lowers_its_error_and_keeps_the_masks(problem):
     assert float(state.best.error) < 0.9 * float(jnp.mean(state.initial_errors))
     for name, weight in state.best.weights.items():
         assert not bool(jnp.any(weight[~masks[name]])), name
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_refit_is_to_take_back_a_share_of_the_streams_error(problem, share):
+    dense, pruned, masks, batch, _ = problem
+    wrong = batch["hidden"] + jax.random.normal(jax.random.key(5), batch["hidden"].shape)
+    streams = Streams(batch["hidden"], wrong, wrong[:1], CONFIG).ahead(dense, 2)
+    settings = PruneSettings("descent", "all", Sparsity(0.5), correction=share, batch=2)
+    data = block_refit_problem(dense, streams, Solution(pruned, masks, {}), settings).data
+    np.testing.assert_array_equal(data["hidden"], wrong)
+    target, own = batch["target"], block(dense, wrong, CONFIG)[0]
+    np.testing.assert_allclose(
+        data["target"] - own, share * (target - own), atol=1e-5 * float(jnp.abs(target).max())
+    )
