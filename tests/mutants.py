@@ -27,6 +27,7 @@ TESTS = {
     "gauss_newton/moments.py": ["tests/gauss_newton/test_moments.py"],
     "gauss_newton/residuals.py": ["tests/gauss_newton/test_moments.py"],
     "gauss_newton/admm.py": ["tests/gauss_newton/test_kronecker_admm.py"],
+    "pipeline/block.py": ["tests/pipeline/test_block.py"],
     "pipeline/closed_form.py": ["tests/pipeline/test_closed_form.py"],
     "models/llama/sampling.py": ["tests/models/test_sampling.py"],
     "baselines/magnitude.py": ["tests/baselines/test_magnitude.py", "tests/baselines"],
@@ -165,6 +166,8 @@ MUTANTS = [
     Mutant("pipeline/closed_form.py", "error = target[1] - after", "error = after - target[1]"),
     Mutant("pipeline/closed_form.py", "target[0] - hidden + contract(", "contract("),
     Mutant("pipeline/closed_form.py", "settings.correction * ridge", "ridge"),
+    Mutant("pipeline/closed_form.py", "cross, _RIDGE", "cross"),
+    Mutant("pipeline/block.py", "(1 - share) * own", "share * own"),
     Mutant("pipeline/closed_form.py", "return share * mean", "return mean"),
     # Text that a model writes.
     Mutant("models/llama/sampling.py", "<= position, logits", "< position + 9, logits"),

@@ -77,7 +77,7 @@ class PruneSettings:
     distill: int | None = None
     generated: int = 0
     curvature: CurvatureSettings = field(default=CurvatureSettings())
-    correction: float = 0.5
+    correction: float = 0.6
     batch: int = 8
     seed: int = 0
     tuning: Mapping[str, Any] = field(default_factory=dict)

@@ -219,15 +219,16 @@ def test_a_dense_target_on_dense_inputs(x64):
     assert error(np.asarray(pruned.weight)) < error(np.asarray(plain.weight))
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.3])
-def test_a_ridge_solution_is_the_damped_least_squares(x64, damping):
+@pytest.mark.parametrize(("damping", "ridge"), [(0.0, None), (0.3, None), (0.3, 0.05), (0.0, 2.0)])
+def test_a_ridge_solution_is_the_damped_least_squares(x64, damping, ridge):
     random = np.random.default_rng(4)
     x, y = random.normal(size=(60, 7)) * np.arange(1, 8), random.normal(size=(60, 3))
     x[:, 2] = 0  # an input without a signal
     a, cross = x.T @ x, x.T @ y
-    found = ridge_solution(factorise(jnp.asarray(a), damping), jnp.asarray(cross))
+    found = ridge_solution(factorise(jnp.asarray(a), damping), jnp.asarray(cross), ridge)
     seen = np.flatnonzero(np.diag(a))
-    inside = (a + damping * np.diag(np.diag(a)))[np.ix_(seen, seen)]
+    fraction = damping if ridge is None else ridge
+    inside = (a + fraction * np.diag(np.diag(a)))[np.ix_(seen, seen)]
     np.testing.assert_allclose(found[seen], np.linalg.solve(inside, cross[seen]), rtol=1e-9)
     assert not found[2].any()
 
@@ -238,6 +239,11 @@ def test_a_ridge_solution_is_the_damped_least_squares(x64, damping):
 def test_a_cross_moment_that_cannot_be_is_named(cross, message):
     with pytest.raises(InputError, match=message):
         ridge_solution(factorise(jnp.eye(3)), jnp.asarray(cross))
+
+
+def test_a_ridge_is_no_less_than_nothing():
+    with pytest.raises(InputError, match=r"ridge -0\.1: expected a fraction"):
+        ridge_solution(factorise(jnp.eye(3)), jnp.ones((3, 2)), -0.1)
 
 
 def test_vmap_equals_a_loop_and_ratios_share_a_program(compiled):

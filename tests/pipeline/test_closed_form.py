@@ -16,7 +16,7 @@ from jaxprune.pipeline.curvature import MapCurvature
 from jaxprune.pipeline.streams import Streams
 from jaxprune.sparsity import Sparsity
 
-DAMPING = 0.01
+RIDGE = 0.3
 block = jax.jit(modeling.block, static_argnums=2)
 
 
@@ -47,7 +47,7 @@ def ridge(x, y):
     """Of inputs and outputs by rows, in float64."""
     x, y = (np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (x, y))
     moment = x.T @ x
-    return np.linalg.solve(moment + DAMPING * np.diag(np.diag(moment)), x.T @ y)
+    return np.linalg.solve(moment + RIDGE * np.diag(np.diag(moment)), x.T @ y)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
