@@ -27,7 +27,7 @@ sweep: $(READY) ## the paper's synthetic experiment (Figure 2): runs/synthetic
 	$(BIN)/python experiments/synthetic.py --resume --out runs/synthetic
 
 # Files of your own: `make real TEXT=FILE`; some rows alone: `make real ROWS='qk-*'`.
-real: $(READY) ## every method on SmolLM2-135M, fetched once (hours): runs/smollm2, docs/smollm2
+real: $(READY) ## every method on SmolLM2-135M, fetched once (about four hours): runs/smollm2, docs/smollm2
 	$(BIN)/python experiments/real.py --resume $(if $(TEXT),--calibration '$(TEXT)' --out runs/smollm2-text,--out runs/smollm2) $(if $(ROWS),--rows '$(ROWS)') $(if $(TEXT)$(ROWS),,--save docs/smollm2)
 
 headline: $(READY) ## the README's table of the embedded model, printed (says how long it takes): runs/headline

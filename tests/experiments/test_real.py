@@ -141,6 +141,17 @@ def test_every_row_of_the_table_has_settings_that_work(real):
         assert settings.generated == (64 if row.generated else 0)
 
 
+def test_some_rows_come_only_by_name(real):
+    usual = {row.name for row, _ in real.plan(real.Config())}
+    assert {"none-0-dense", "all-0.5-gauss-newton", "all-0.5-sparsegpt-refit"} <= usual
+    assert "all-0.5-wanda-refit" not in usual
+    assert len(usual) + len(real.rows.chosen(list(real.ROWS), real.BY_NAME)) == len(real.ROWS)
+    every = {row.name for row, _ in real.plan(real.Config(rows=("*",)))}
+    assert every == set(real.ROWS)
+    named = [row.name for row, _ in real.plan(real.Config(rows=("all-0.5-wanda-*",)))]
+    assert "all-0.5-wanda-refit" in named
+
+
 def test_seeds_are_of_rows_with_chance(real):
     config = real.Config(rows=("qk-0.5-*",), seeds=2)
     cells = [(row.method, seed) for row, seed in real.plan(config)]
