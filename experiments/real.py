@@ -141,7 +141,7 @@ class Config:
     """
 
     rows: flags.Several[str] = ()
-    """rows by name or pattern, such as 'qk-*'; if left out, those of about four hours; '*' is all"""
+    """rows by name or pattern, such as 'qk-*'; if left out, some four hours of them; '*' is all"""
     seeds: int = 1
     """seeds of every row in which there is chance; more of them may be finished"""
     steps: flags.Maybe[int] = None
