@@ -166,7 +166,7 @@ MUTANTS = [
     Mutant("pipeline/closed_form.py", "error = target[1] - after", "error = after - target[1]"),
     Mutant("pipeline/closed_form.py", "target[0] - hidden + contract(", "contract("),
     Mutant("pipeline/closed_form.py", "settings.correction * ridge", "ridge"),
-    Mutant("pipeline/closed_form.py", "cross, _RIDGE", "cross"),
+    Mutant("pipeline/closed_form.py", "cross, ridge)", "cross)"),
     Mutant("pipeline/block.py", "(1 - share) * own", "share * own"),
     Mutant("pipeline/closed_form.py", "return share * mean", "return mean"),
     # Text that a model writes.

@@ -16,7 +16,7 @@ from jaxprune.pipeline.curvature import MapCurvature
 from jaxprune.pipeline.streams import Streams
 from jaxprune.sparsity import Sparsity
 
-RIDGE = 0.3
+RIDGE = 0.3 * (64 * 512 / 576) * 16 / (6 * 20)  # by the width of the model over tokens
 block = jax.jit(modeling.block, static_argnums=2)
 
 
