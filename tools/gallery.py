@@ -48,7 +48,7 @@ ENTRIES = {
         "make real",
         "Quality against time on a real model",
         "Perplexity of SmolLM2-135M above the dense model's against seconds of pruning, a panel "
-        "for each set of maps and sparsity, a marker for each method.",
+        "for each set of maps and sparsity, a marker for each method but magnitude.",
     ),
     "ratios": Entry(
         "budget/checkpoints/all-0.5-gauss-newton-model-seed0/ratios.png",

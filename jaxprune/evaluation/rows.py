@@ -156,8 +156,11 @@ def _retraining(row: pd.Series) -> str:
 def draw_cost(metrics: pd.DataFrame) -> Figure:
     """Perplexity above the dense model's against seconds of pruning, a panel for each group.
 
-    Rows that were interrupted, whose time is not known, are left out.
+    Left out are rows that were interrupted, whose time is not known, and magnitude among others:
+    it is so far above them that they would be drawn in a corner.
     """
+    if set(metrics["method"]) - {"magnitude", DENSE}:
+        metrics = metrics[metrics["method"] != "magnitude"]
     figure, panels = _panels(metrics, width=3.0, height=2.6, columns=3)
     for axes, there in panels:
         rows = there[there["resumed"] != 1]
@@ -176,19 +179,19 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
         noted = rows.assign(note=[_note(row) for _, row in rows.iterrows()])
         noted = noted[noted["note"] != ""].sort_values("seconds")
         for left, (_, point) in zip(range(len(noted))[::-1], noted.iterrows(), strict=True):
-            # To the left; of the last, where the others are, above.
+            # To the left, where there are fewer markers; of the last, to the right.
             axes.annotate(
                 point["note"],
                 (point["seconds"], max(point["gap"], _LEAST_GAP)),
-                (-6, 0) if left else (0, 6),
+                (-6 if left else 6, 0),
                 textcoords="offset points",
-                ha="right" if left else "center",
-                va="center" if left else "bottom",
+                ha="right" if left else "left",
+                va="center",
                 fontsize=7,
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.margins(0.12)
+        axes.margins(0.12, 0.2)
         _plain_ticks(axes.xaxis, axes.get_xlim())
         _plain_ticks(axes.yaxis, axes.get_ylim())
         axes.set_xlabel("seconds of pruning")

@@ -85,6 +85,21 @@ def test_an_interrupted_table_goes_on_and_is_drawn_again(
     assert list(pd.read_csv(out / "metrics.csv")["row"]) == ["none-0-dense", "qk-0.5-wanda"]
 
 
+def test_magnitude_is_in_the_figure_of_cost_only_by_itself(real):
+    metrics = pd.read_csv(REPOSITORY / "docs" / "smollm2" / "metrics.csv")
+    dense, worst = (metrics["method"] == name for name in ("dense", "magnitude"))
+
+    def drawn(there):
+        figure = real.rows.draw_cost(there)
+        return len(figure.axes), {text.get_text() for text in figure.legends[0].get_texts()}
+
+    panels, methods = drawn(metrics)
+    assert panels == metrics.loc[~dense, ["targets", "sparsity"]].drop_duplicates().shape[0]
+    assert {"Wanda", "closed form"} <= methods
+    assert "magnitude" not in methods
+    assert drawn(metrics[dense | worst])[1] == {"magnitude"}
+
+
 def test_seeds_are_added_to_a_run_and_stay_in_its_table(real, where, calls, tmp_path):
     out = tmp_path / "run"
     rows = ["qk-0.5-wanda", "qk-0.5-gauss-newton"]
