@@ -433,19 +433,19 @@ def compute_all(
             if not config.run.keep:
                 shutil.rmtree(out, ignore_errors=True)
             bar.update(sum(amounts[: i + 1]) - bar.n)
-    found += _further_seeds(config, run)
-    order = list(dict.fromkeys(row.name for row, _ in cells))
-    found.sort(key=lambda metrics: order.index(metrics["row"]))
+    asked = list(dict.fromkeys(row for row, _ in cells))
+    found += _further_seeds(asked, config.seeds, run)
+    found.sort(key=lambda metrics: asked.index(ROWS[metrics["row"]]))
     with contextlib.suppress(OSError):  # not empty: checkpoints that were kept
         (run.path / "checkpoints").rmdir()
     return found
 
 
-def _further_seeds(config: Config, run: RunFolder) -> list[dict[str, Any]]:
+def _further_seeds(asked: Sequence[Row], seeds: int, run: RunFolder) -> list[dict[str, Any]]:
     """Finished rows of more seeds than are asked for."""
     found = []
-    for row in dict.fromkeys(row for row, _ in plan(config)):
-        parts = (part_of(row, seed) for seed in itertools.count(config.seeds))
+    for row in asked:
+        parts = (part_of(row, seed) for seed in itertools.count(seeds))
         for part in itertools.takewhile(run.finished, parts):
             found += run.part(part, list)
     return found

@@ -162,12 +162,11 @@ MUTANTS = [
     Mutant("allocation.py", "np.clip(below, least[:, None], most[:, None])", "below"),
     # What the maps that write to the stream take back.
     Mutant("gauss_newton/admm.py", "inverse * cross.astype", "cross.astype"),
-    Mutant("gauss_newton/admm.py", "values = (1 + a.damping) * a.values", "values = a.values"),
-    Mutant("gauss_newton/admm.py", "values - a.damping, 0) + ridge", "values, 0) + ridge"),
+    Mutant("gauss_newton/admm.py", ") / (1 + a.damping)\n\n\ndef kron", ")\n\n\ndef kron"),
     Mutant("pipeline/closed_form.py", "error = target[1] - after", "error = after - target[1]"),
     Mutant("pipeline/closed_form.py", "target[0] - hidden + contract(", "contract("),
     Mutant("pipeline/closed_form.py", "settings.correction * ridge", "ridge"),
-    Mutant("pipeline/closed_form.py", "cross, ridge)", "cross)"),
+    Mutant("pipeline/closed_form.py", "redamped(factor, ridge)", "factor"),
     Mutant("pipeline/block.py", "(1 - share) * own", "share * own"),
     Mutant("pipeline/closed_form.py", "return share * mean", "return mean"),
     # Text that a model writes.

@@ -124,7 +124,7 @@ def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) ->
             return shown_by(metrics)
     if "variant" in metrics:
         COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
-        if not set(metrics["variant"]) <= set(METHODS):
+        if "description" in metrics and not set(metrics["variant"]) <= set(METHODS):
             PARTS.check(metrics, f"{run / 'metrics.csv'}")
             return parts_table(metrics, settings_of(run, {}))
         return table(metrics, settings_of(run, {}))

@@ -128,7 +128,7 @@ def redamped(factor: Factor, damping: float | Array) -> Factor:
 
     Args:
       factor: of ``factorise``.
-      damping: ``δ``, at least that of ``factor``.
+      damping: ``δ``. Below that of ``factor``, eigenvalues that it covers count as zero.
     """
     damping = jnp.asarray(damping, factor.matrix.dtype)
     more, total = damping - factor.damping, 1 + damping
@@ -138,35 +138,26 @@ def redamped(factor: Factor, damping: float | Array) -> Factor:
     return Factor(matrix, factor.scale, values, factor.vectors, damping)
 
 
-def ridge_solution(
-    a: Factor, cross: Float[Array, "d_in d_out"], ridge: float | None = None
-) -> Float[Array, "d_in d_out"]:
-    """``(A + r diag A)⁻¹ C``: the linear map of inputs that is nearest to given outputs.
+def ridge_solution(a: Factor, cross: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+    """``(A + δ diag A)⁻¹ C``: the linear map of inputs that is nearest to given outputs.
 
     Args:
-      a: of ``A = Σ x_t x_tᵀ``, one matrix.
+      a: of ``A = Σ x_t x_tᵀ``, one matrix, damped by ``δ``.
       cross: ``C = Σ x_t y_tᵀ`` with the outputs ``y_t``, at the scale of ``A``.
-      ridge: ``r``, a fraction of each diagonal entry; the damping of ``a`` if ``None``.
 
     Returns:
       The least squares solution; zero for inputs that ``A`` does not see.
 
     Raises:
-      InputError: shapes do not match, ``cross`` is not finite, or ``ridge`` no fraction.
+      InputError: shapes do not match, or ``cross`` is not finite.
     """
     if a.scale.shape != cross.shape[:1] or cross.ndim != 2:
         raise InputError(
             f"cross {cross.shape} does not match a {a.matrix.shape}: expected [d_in, d_out]"
         )
     check_finite(cross=cross)
-    if ridge is not None and not 0 <= ridge < float("inf"):
-        raise InputError(f"ridge {ridge}: expected a fraction of the diagonal, 0 or more")
     inverse = _inverse_scale(a)[:, None]
-    # Eigenvalues of the correlations themselves, of which those of `a` are damped.
-    values = (1 + a.damping) * a.values
-    if ridge is not None:
-        values = jnp.maximum(values - a.damping, 0) + ridge
-    return inverse * _solve(a.vectors, values, inverse * cross.astype(a.scale.dtype))
+    return inverse * _solve(a, inverse * cross.astype(a.scale.dtype)) / (1 + a.damping)
 
 
 def kronecker_admm(
@@ -492,7 +483,7 @@ def _target(scaled: Array, a: Factor, c: Array) -> Array:
     inverse = _inverse_scale(a)
     unit = inverse[:, None] * c * inverse
     damped = (unit + a.damping * jnp.eye(c.shape[0], dtype=c.dtype)) / (1 + a.damping)
-    solved = _solve(a.vectors, a.values, contract("ij,jo->io", damped, scaled))
+    solved = _solve(a, contract("ij,jo->io", damped, scaled))
     return jnp.where(inverse[:, None] > 0, solved, 0)
 
 
@@ -501,12 +492,12 @@ def _inverse_scale(a: Factor) -> Float[Array, " d"]:
     return jnp.where(a.scale > 0, 1 / jnp.where(a.scale > 0, a.scale, 1), 0)
 
 
-def _solve(vectors: Array, values: Array, m: Array) -> Array:
-    """``A⁻¹ M`` by the eigenvectors of ``A``; nothing where an eigenvalue is not positive."""
-    there = values[:, None]
-    pulled = contract("ie,io->eo", vectors, m)
-    solved = jnp.where(there > 0, pulled / jnp.where(there > 0, there, 1), 0)
-    return contract("ie,eo->io", vectors, solved)
+def _solve(a: Factor, m: Array) -> Array:
+    """``A⁻¹ M`` in scaled coordinates."""
+    values = a.values[:, None]
+    pulled = contract("ie,io->eo", a.vectors, m)
+    solved = jnp.where(values > 0, pulled / jnp.where(values > 0, values, 1), 0)
+    return contract("ie,eo->io", a.vectors, solved)
 
 
 def _refine(

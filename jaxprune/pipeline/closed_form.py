@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune.attention import accumulation_dtype, contract
-from jaxprune.gauss_newton import Factor, PrunedKronecker, factorise, kronecker_admm, ridge_solution
+from jaxprune.gauss_newton import (
+    Factor,
+    PrunedKronecker,
+    factorise,
+    kronecker_admm,
+    redamped,
+    ridge_solution,
+)
 from jaxprune.models.llama.config import LlamaConfig
 from jaxprune.models.llama.modeling import INPUT_OF, BlockWeights, block
 from jaxprune.pipeline.curvature import MapCurvature
@@ -104,7 +111,7 @@ def _goal(
         return upcast(dense)
     windows, length, width = streams.pruned.shape
     ridge = _RIDGE * width / (windows * length)
-    return upcast(dense) + settings.correction * ridge_solution(factor, cross, ridge)
+    return upcast(dense) + settings.correction * ridge_solution(redamped(factor, ridge), cross)
 
 
 def _blocks(outputs: Float[Array, "p k k"]) -> Array:

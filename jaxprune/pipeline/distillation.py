@@ -114,15 +114,8 @@ def distillation_problem(
     weights = movable({name: getattr(blocks, name) for name in names})
     context = DistillationContext(model, dense, keep_masks)
     fit, validation = split_sequences({"tokens": tokens})
-    return Problem(
-        distillation,
-        settings,
-        weights,
-        fit,
-        context,
-        names,
-        _changed(context, validation["tokens"], key, settings),
-    )
+    validation = _changed(context, validation["tokens"], key, settings)
+    return Problem(distillation, settings, weights, fit, context, names, validation)
 
 
 def _changed(

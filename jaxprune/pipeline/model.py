@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from jaxprune.baselines import BASELINES, PrunedLinear
 from jaxprune.descent.loop import Descent
@@ -164,6 +164,11 @@ def prune_model(
     yield from _distill(model, dense, pruned, tokens, heldout, settings, run, report)
 
 
+def _key(settings: PruneSettings, number: int) -> Key[Array, ""]:
+    """Randomness of a block, by its number, or of other work, by numbers after the blocks'."""
+    return jax.random.fold_in(jax.random.key(settings.seed), number)
+
+
 def _generated(
     model: Llama, tokens: np.ndarray, settings: PruneSettings, run: RunFolder
 ) -> np.ndarray:
@@ -171,7 +176,7 @@ def _generated(
     name, (windows, length) = "generated", tokens.shape
 
     def compute() -> list[dict[str, Any]]:
-        key = jax.random.fold_in(jax.random.key(settings.seed), model.config.num_hidden_layers + 2)
+        key = _key(settings, model.config.num_hidden_layers + 2)
         opened = tokens[np.arange(settings.generated) % windows, :_OPENING]
         written = continuations(model, opened, length, key)
         on_process_zero(lambda: write_arrays(run.part_file(name), tokens=written))
@@ -234,7 +239,7 @@ def _plan(
     if settings.allocate == "matrix" and all(run.finished(f"block-{layer}") for layer in layers):
         return _Plan(even, None)
     report(0, "curvature")
-    key = jax.random.fold_in(jax.random.key(settings.seed), len(layers) + 1)
+    key = _key(settings, len(layers) + 1)
     curvature = prediction_curvature(
         model,
         tokens[: settings.curvature.windows],
@@ -257,7 +262,7 @@ def _prune_block(
     settings: PruneSettings,
     work: Work,
 ) -> list[dict[str, Any]]:
-    key = jax.random.fold_in(jax.random.key(settings.seed), layer)
+    key = _key(settings, layer)
     if settings.gradual:
         solution = solve(_gradual_problem(dense, streams, settings), key, work)
     else:
@@ -364,11 +369,9 @@ def _distill(
         masks = {w: jnp.stack([jnp.asarray(kept[w]) for _, kept, _ in blocks]) for w in names}
         chosen = _distillation_settings(settings, model.config, tokens.shape[1])
         layers = model.config.num_hidden_layers
-        key, change = (
-            jax.random.fold_in(jax.random.key(settings.seed), layers + i) for i in (0, 3)
-        )
+        change = _key(settings, layers + 3)
         problem = distillation_problem(model, dense, masks, jnp.asarray(tokens), change, chosen)
-        solution = solve(problem, key, work)
+        solution = solve(problem, _key(settings, layers), work)
         extra = {f"distillation_{name}": value for name, value in solution.remarks.items()}
         _set_stacks(model, solution.weights)
         streams, rows = Streams.start(model, tokens, heldout, whole=False), []

@@ -130,7 +130,7 @@ def test_variants_that_are_more_than_methods_are_all_shown(headline, run):
     ("column", "value", "named"),
     [
         ("perplexity_gap", "much", "perplexity_gap much, not a finite number"),
-        ("variant", "other", "no column description"),
+        ("variant", "other", "no rows of wanda at sparsity 0.5"),
         ("sparsity", "0.7", "no rows of wanda at sparsity 0.5"),
     ],
 )
