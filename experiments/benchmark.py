@@ -15,6 +15,7 @@
   growth      the kernel's time as n, d, heads and samples grow, with fitted exponents
   memory      temporary memory of the compiled kernel, in n x n arrays
   llama       W_Q and W_K of a layer of Llama-3.2-1B's shape, 8 x 2048 tokens, times 16 layers
+  all_maps    closed form of all maps of such a model, by part, from two of its layers; peak memory
 
 Contenders run in turn, again and again, so that a slow spell of the machine hits all of them;
 ratios are taken within a turn. PyTorch and transformers are optional; without them those rows are
@@ -61,10 +62,13 @@ from jaxprune.methods.query_key import (
     query_key_refit,
 )
 from jaxprune.models.llama import Llama, LlamaConfig
+from jaxprune.models.llama.shapes import LLAMA_3_2_1B, SMOLLM2
 from jaxprune.objective import fused_error
-from jaxprune.pipeline import METHODS, PruneSettings
+from jaxprune.pipeline import METHODS, Progress, PruneSettings
+from jaxprune.pipeline.curvature import output_blocks, prediction_curvature
 from jaxprune.pipeline.model import prune_model
 from jaxprune.runs import flags, plotting
+from jaxprune.runs.child import in_child, peak_memory
 from jaxprune.runs.folder import RunFolder
 from jaxprune.runs.metrics import Columns
 from jaxprune.runs.script import Experiment, run_experiment, run_script
@@ -91,21 +95,10 @@ RATE = 1024  # side of the product whose rate is "the rate measured"
 COLUMNS = Columns((), texts=("part",), sparse=("seconds",))
 PARTS = (
     *("kernel", "loss", "algorithm1", "sweep", "baselines", "layer", "step", "forward", "prune"),
-    *("growth", "memory", "llama"),
+    *("growth", "memory", "llama", "all_maps"),
 )
-# SmolLM2-135M.
-SMOLLM2 = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    rope_theta=100000.0,
-    tie_word_embeddings=True,
-)
+# They take an hour or more on a CPU.
+LONG = ("llama", "all_maps")
 QUICK_LLAMA = replace(
     SMOLLM2,
     vocab_size=512,
@@ -130,8 +123,8 @@ class Config:
     Example: python experiments/benchmark.py --quick --out runs/benchmark
     """
 
-    parts: tuple[str, ...] = PARTS[:-1]
-    """what to measure; if left out, all but llama, which takes hours on a CPU"""
+    parts: tuple[str, ...] = tuple(part for part in PARTS if part not in LONG)
+    """what to measure; if left out, all but llama and all_maps, which take hours on a CPU"""
     repeats: int = 15
     """turns of every comparison"""
     seconds: float = 20.0
@@ -622,6 +615,85 @@ def llama_part(config: Config) -> list[dict[str, Any]]:
     ]
 
 
+def all_maps_part(config: Config) -> list[dict[str, Any]]:
+    """Closed form of all maps at the shape of Llama-3.2-1B, part by part, each in a process.
+
+    The curvature of one layer and of two tell what a layer takes and what the head does. What 16
+    layers hold more than two is their weights and factors, which is counted.
+    """
+    shape = QUICK_LLAMA if config.quick else LLAMA_3_2_1B
+    size = (4, 32) if config.quick else (16, 512)
+    one = in_child(curvature_seconds, replace(shape, num_hidden_layers=1), size)
+    two = in_child(closed_form_seconds, replace(shape, num_hidden_layers=2), size)
+    layers, block = shape.num_hidden_layers, two["blocks"][-1]
+    curvature = one + (layers - 1) * max(0.0, two["curvature"] - one)
+    held = (layers - 2) * two["layer_bytes"] / 2**30
+    point = {"part": "all_maps", "n": size[1], "d": shape.hidden_size, "samples": size[0]}
+    rows = [
+        {"contender": "curvature, 1 layer", "seconds": one},
+        {"contender": "curvature, 2 layers", "seconds": two["curvature"]},
+        {"contender": "first block", "seconds": two["blocks"][0]},
+        {"contender": "second block", "seconds": block, "peak_gib": two["peak"]},
+        {"contender": f"curvature, {layers} layers, from these", "seconds": curvature},
+        {
+            "contender": f"{layers} layers, from these",
+            "seconds": curvature + two["blocks"][0] + (layers - 1) * block,
+            "peak_gib": two["peak"] + held,
+        },
+    ]
+    return [point | row for row in rows]
+
+
+_ALL = PruneSettings("gauss-newton", "all", Sparsity(0.5))
+
+
+def _random_model(shape: LlamaConfig, size: tuple[int, int]) -> tuple[Llama, np.ndarray]:
+    """A model, and windows to calibrate on with four to judge by."""
+    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (size[0] + 4, size[1]))
+    return Llama(shape, key=jax.random.key(0)), tokens.astype(np.int32)
+
+
+def curvature_seconds(
+    shape: LlamaConfig, size: tuple[int, int], report: Callable[[Any], None]
+) -> float:
+    """Seconds of the curvature of the predictions; in a child."""
+    model, tokens = _random_model(shape, size)
+    begin = time.perf_counter()
+    found = prediction_curvature(
+        model, tokens[: size[0]], _ALL.names, jax.random.key(1), batch=_ALL.batch
+    )
+    jax.block_until_ready(found)
+    return time.perf_counter() - begin
+
+
+def closed_form_seconds(
+    shape: LlamaConfig, size: tuple[int, int], report: Callable[[Any], None]
+) -> dict[str, Any]:
+    """Seconds of every part of a run, its peak memory, and bytes of what a layer holds."""
+    model, tokens = _random_model(shape, size)
+    stamps = []
+
+    def progress(where: Progress) -> None:
+        stamps.append((where.done, time.perf_counter()))
+
+    with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder) / "run", _ALL) as run:
+        fit, heldout = tokens[: size[0]], tokens[size[0] :]
+        list(prune_model(model, fit, heldout, _ALL, run, progress))
+    # Units are the curvature, then the blocks; each is reported at its beginning and its end.
+    reached = dict(reversed(stamps))
+    seconds = np.diff([reached[done] for done in sorted(reached)]).tolist()
+    blocks = model.blocks.get_value()
+    outputs = [getattr(blocks, name).shape[2] for name in _ALL.names]
+    factors = sum(width**2 // output_blocks(width, _ALL.curvature.outputs) for width in outputs)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) // shape.num_hidden_layers
+    return {
+        "curvature": seconds[0],
+        "blocks": seconds[1:],
+        "peak": peak_memory(),
+        "layer_bytes": weights + 4 * factors,
+    }
+
+
 def exponents(metrics: pd.DataFrame) -> pd.DataFrame:
     """Slope of log time against the log of each axis, over its larger half."""
     rows: list[dict[str, Any]] = []
@@ -691,6 +763,7 @@ MEASURE = {
     "growth": growth_part,
     "memory": memory_part,
     "llama": llama_part,
+    "all_maps": all_maps_part,
 }
 
 

@@ -53,7 +53,12 @@ MEASURED = Path("docs/smollm2")
 
 
 class Row(NamedTuple):
-    """A row of the table: what is pruned, how, and what kept weights do afterwards."""
+    """A row of the table: what is pruned, how, and what kept weights do afterwards.
+
+    Attributes:
+      generated: windows that the dense model writes, for each one that is read.
+      steps: of a descent in every block; the preset's if ``None``.
+    """
 
     targets: str
     sparsity: str
@@ -61,7 +66,8 @@ class Row(NamedTuple):
     allocate: str = "matrix"
     refit: bool = False
     distilled: bool = False
-    generated: bool = False
+    generated: int = 0
+    steps: int | None = None
 
     @property
     def name(self) -> str:
@@ -88,15 +94,17 @@ def _table() -> dict[str, Row]:
             shared = [m for m in _METHODS if m != "magnitude"]
             found += [Row(*where, m, "model", m == "descent") for m in shared]
             closed = "gauss-newton"
-            found += [Row(*where, m, generated=True) for m in ("sparsegpt", "admm", closed)]
-            found += [Row(*where, closed, "model", generated=True)]
+            found += [Row(*where, m, generated=1) for m in ("sparsegpt", "admm", closed)]
+            found += [Row(*where, closed, "model", generated=1)]
+            longer = Row(*where, "descent", refit=True, generated=4, steps=200)
+            found += [longer, longer._replace(allocate="model")]
             found += [Row(*where, m, distilled=True) for m in (*_RETRAINED, closed)]
-            found += [Row(*where, closed, "model", distilled=True, generated=True)]
+            found += [Row(*where, closed, "model", distilled=True, generated=2)]
         if where in (("qk", "0.7"), ("all", "0.5")):
             found += [Row(*where, m, refit=True) for m in _RETRAINED]
         if where == ("qk", "0.7"):
-            written = ("gauss-newton", "descent")
-            found += [Row(*where, m, refit=m == "descent", generated=True) for m in written]
+            found += [Row(*where, "gauss-newton", generated=1)]
+            found += [Row(*where, "descent", refit=True, generated=2)]
     return {row.name: row for row in found}
 
 
@@ -145,7 +153,7 @@ class Config:
     seeds: int = 1
     """seeds of every row in which there is chance; more of them may be finished"""
     steps: flags.Maybe[int] = None
-    """steps of a descent in every block; if left out, the preset's"""
+    """steps of a descent in every block; if left out, the preset's, in some rows twice as many"""
     distill: int = 48
     """steps of distillation, in rows that have it"""
     data: Annotated[Data, flags.MODEL_AND_TEXT] = Data(windows=64, seqlen=512, heldout=16)
@@ -239,7 +247,7 @@ def settings_of(row: Row, seed: int, config: Config) -> dict[str, Any]:
         "sparsity": row.sparsity,
         "refit": True if row.refit and row.method != "descent" else None,
         "allocate": row.allocate,
-        "steps": config.steps if row.refit else None,
+        "steps": _steps(row, config),
         "distill": config.distill if row.distilled else 0,
         "generated": _generated(row, config),
         "batch": config.data.batch,
@@ -251,7 +259,7 @@ def by_chance(row: Row, calibration: str) -> bool:
     """Whether a row depends on the seed: steps, random cotangents, windows drawn from C4."""
     drawn = calibration in ("c4", "standard", "paper") and row.method != "magnitude"
     found = row.method in ("gauss-newton", "descent") or row.allocate != "matrix"
-    return row != DENSE and (drawn or found or row.refit or row.distilled or row.generated)
+    return row != DENSE and (drawn or found or row.refit or row.distilled or row.generated > 0)
 
 
 def plan(config: Config) -> list[tuple[Row, int]]:
@@ -301,12 +309,18 @@ def _labels(row: Row, config: Config) -> dict[str, Any]:
         "refit": int(row.refit),
         "distill": config.distill if row.distilled else 0,
         "generated": _generated(row, config),
+        "steps": _steps(row, config),
     }
 
 
 def _generated(row: Row, config: Config) -> int:
-    """Windows that the dense model writes: as many as are read."""
-    return (config.data.windows or 0) if row.generated else 0
+    """Windows that the dense model writes."""
+    return row.generated * (config.data.windows or 0)
+
+
+def _steps(row: Row, config: Config) -> int | None:
+    """Steps of a descent in every block, where they are not the preset's."""
+    return (config.steps or row.steps) if row.refit else None
 
 
 def _pruned(

@@ -17,25 +17,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxprune.models.llama import Llama, Llama3Scaling, LlamaConfig
+from jaxprune.models.llama import Llama
 from jaxprune.models.llama.checkpoint import write_new
+from jaxprune.models.llama.shapes import LLAMA_3_2_1B
 from jaxprune.models.zoo import ZOO
 from jaxprune.runs.script import run_script
 from jaxprune.storage import check_new_folder, new_folder
-
-LLAMA_3_2_1B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=Llama3Scaling(32.0, 1.0, 4.0, 8192),
-    tie_word_embeddings=True,
-)
 
 
 @dataclass(frozen=True)

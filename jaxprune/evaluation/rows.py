@@ -27,7 +27,7 @@ COLUMNS = Columns(
         *("calibration_error", "heldout_error", "achieved_sparsity"),
         *("seconds", "peak_memory", "resumed", "calibration_tokens", "row_seconds"),
     ),
-    optional=("generated",),
+    optional=("generated", "steps"),
 )
 """Of the metrics: one row for each pruned model, and one for the dense model."""
 
@@ -115,7 +115,7 @@ def table(metrics: pd.DataFrame, columns: Sequence[str] = tuple(_SHOWN)) -> str:
                 "method": name_of(one["method"]),
                 "budget": one["allocate"],
                 "retraining": _retraining(one),
-                "text": "and generated" if _generated(one) else "read",
+                "text": "read" + _more_text(one),
             }
             for name, shown in shown_columns.items():
                 line[shown] = _cell(seeds, name, best.get(name))
@@ -141,6 +141,15 @@ def _generated(row: pd.Series) -> bool:
     return bool(row.get("generated", 0) > 0)
 
 
+def _more_text(row: pd.Series) -> str:
+    return f", {row['generated']:.0f} generated" if _generated(row) else ""
+
+
+def _steps(row: pd.Series) -> str:
+    """Steps a block, where they are not the preset's."""
+    return f", {row['steps']:.0f} steps each" if row.get("steps", 0) > 0 else ""
+
+
 def _note(row: pd.Series) -> str:
     """What a marker of the cost figure does not say of a row: its budget, its text."""
     shared = f"one budget\n({row['allocate']})" * (row["allocate"] != "matrix")
@@ -148,7 +157,7 @@ def _note(row: pd.Series) -> str:
 
 
 def _retraining(row: pd.Series) -> str:
-    parts = ["blocks"] if row["refit"] else []
+    parts = ["blocks" + _steps(row)] if row["refit"] else []
     parts += [f"{row['distill']:.0f} steps of distillation"] if row["distill"] else []
     return ", ".join(parts)
 

@@ -233,7 +233,8 @@ def prune_checkpoint(
       propagate: calibrate on the model as pruned so far.
       steps: of a descent in every block; the preset's if ``None``.
       distill: steps of the distillation at the end; see ``PruneSettings``.
-      generated: windows to calibrate on that the dense model writes, besides those read.
+      generated: windows to calibrate on that the dense model writes, besides those read; see
+        ``PruneSettings``.
       batch: windows at once in forward passes.
       seed: of random batches, cotangents, and windows drawn from C4.
       dtype: of the model's weights and activations, ``float32`` or ``bfloat16``.

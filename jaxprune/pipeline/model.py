@@ -148,6 +148,7 @@ def prune_model(
     """
     settings.check(model.config)
     total, before = units(settings, model.config), int(settings.generated > 0)
+    masked = _masked(settings, model.config, len(tokens))
 
     def report(done: int, doing: str) -> None:
         progress(Progress(before + done, total, doing))
@@ -156,12 +157,33 @@ def prune_model(
         progress(Progress(0, total, "generated text"))
         tokens = np.concatenate([tokens, _generated(model, tokens, settings, run)])
     if not distillation_steps(settings, model.config):
-        yield from _prune_blocks(model, tokens, heldout, settings, run, report)
+        yield from _prune_blocks(model, tokens, masked, heldout, settings, run, report)
         return
     # Pruned blocks take the memory of the model's.
     dense = jax.tree.map(jnp.copy, model.blocks.get_value())
-    pruned = list(_prune_blocks(model, tokens, heldout, settings, run, report))
-    yield from _distill(model, dense, pruned, tokens, heldout, settings, run, report)
+    pruned = list(_prune_blocks(model, tokens, masked, heldout, settings, run, report))
+    adapted = tokens[_others(masked, len(tokens))]
+    yield from _distill(model, dense, pruned, tokens, adapted, heldout, settings, run, report)
+
+
+def _masked(settings: PruneSettings, config: LlamaConfig, read: int) -> int:
+    """How many windows masks are found on: those read, and generated ones after them.
+
+    Where kept weights then adapt by steps, masks take no more generated windows than were read,
+    and at most half. Steps have the others: what a mask was found on, its weights have memorised,
+    and steps learn little from it. On the first three blocks of SmolLM2-135M, half of all maps,
+    100 steps on the 64 windows of the closed form left 10 % less divergence on fresh text than it,
+    on 64 generated ones 14 %, on 192, with 64 more for the masks, 22 %.
+    """
+    steps = settings.refits or distillation_steps(settings, config) > 0
+    if settings.gradual or not steps:
+        return read + settings.generated
+    return read + min(read, settings.generated // 2)
+
+
+def _others(masked: int, windows: int) -> slice:
+    """Windows that steps adapt kept weights on: those after a mask's, or all if there are none."""
+    return slice(masked if masked < windows else 0, None)
 
 
 def _key(settings: PruneSettings, number: int) -> Key[Array, ""]:
@@ -189,13 +211,14 @@ def _generated(
 def _prune_blocks(
     model: Llama,
     tokens: np.ndarray,
+    masked: int,
     heldout: np.ndarray,
     settings: PruneSettings,
     run: RunFolder,
     report: Report,
 ) -> Iterator[PrunedBlock]:
-    """``prune_model`` without distillation."""
-    plan = _plan(model, tokens, settings, run, report)
+    """``prune_model`` without distillation; masks are found on the first ``masked`` windows."""
+    plan = _plan(model, tokens, masked, settings, run, report)
     streams = Streams.start(model, tokens, heldout, whole=settings.needs_dense_stream)
     each, before = _block_units(settings, model.config), int(settings.needs_curvature)
     for layer in range(model.config.num_hidden_layers):
@@ -221,28 +244,35 @@ class _Plan(NamedTuple):
     Attributes:
       sparsity: of every matrix, by its name, for each block.
       curvature: of the predictions, where it is needed.
+      masked: windows that masks are found on.
     """
 
     sparsity: list[dict[str, Sparsity]]
     curvature: Curvature | None
+    masked: int
 
 
 def _plan(
-    model: Llama, tokens: np.ndarray, settings: PruneSettings, run: RunFolder, report: Report
+    model: Llama,
+    tokens: np.ndarray,
+    masked: int,
+    settings: PruneSettings,
+    run: RunFolder,
+    report: Report,
 ) -> _Plan:
     """Take the curvature of the predictions where it is needed, and share out the budget."""
     layers = range(model.config.num_hidden_layers)
     even = [dict.fromkeys(settings.names, settings.sparsity) for _ in layers]
     if not settings.needs_curvature:
-        return _Plan(even, None)
+        return _Plan(even, None, masked)
     # What is finished needs none of it.
     if settings.allocate == "matrix" and all(run.finished(f"block-{layer}") for layer in layers):
-        return _Plan(even, None)
+        return _Plan(even, None, masked)
     report(0, "curvature")
     key = _key(settings, len(layers) + 1)
     curvature = prediction_curvature(
         model,
-        tokens[: settings.curvature.windows],
+        tokens[: min(masked, settings.curvature.windows)],
         settings.names,
         key,
         batch=settings.batch,
@@ -250,8 +280,8 @@ def _plan(
     )
     report(1, "curvature")
     if settings.allocate == "matrix":
-        return _Plan(even, curvature)
-    return _Plan(share_out(model, curvature, settings), curvature)
+        return _Plan(even, curvature, masked)
+    return _Plan(share_out(model, curvature, settings), curvature, masked)
 
 
 def _prune_block(
@@ -266,12 +296,14 @@ def _prune_block(
     if settings.gradual:
         solution = solve(_gradual_problem(dense, streams, settings), key, work)
     else:
-        solution = _find_masks(layer, dense, streams, plan, settings, key)
+        found_on = streams.part(slice(plan.masked))
+        solution = _find_masks(layer, dense, found_on, plan, settings, key)
         if settings.method == "descent" and not settings.refits:
             solution = _with_dense_values(dense, solution)
         if settings.refits:
             remarks = solution.remarks
-            solution = solve(_refit_problem(dense, streams, solution, settings), key, work)
+            others = streams.part(_others(plan.masked, len(streams.pruned)))
+            solution = solve(_refit_problem(dense, others, solution, settings), key, work)
             solution = solution._replace(remarks=remarks | solution.remarks)
     for name in settings.names:
         if not bool(jnp.isfinite(solution.weights[name]).all()):
@@ -354,12 +386,16 @@ def _distill(
     dense: BlockWeights,
     blocks: list[PrunedBlock],
     tokens: np.ndarray,
+    adapted: np.ndarray,
     heldout: np.ndarray,
     settings: PruneSettings,
     run: RunFolder,
     report: Report,
 ) -> Iterator[PrunedBlock]:
-    """Let the kept weights of all pruned blocks adapt together, and judge every block anew."""
+    """Let the kept weights of all pruned blocks adapt together, and judge every block anew.
+
+    The steps take the windows ``adapted``.
+    """
     name, names = "distillation", settings.names
     blocks_done = _block_units(settings, model.config) * model.config.num_hidden_layers
     work = Work(run, name, settings.needs_curvature + blocks_done, report)
@@ -370,7 +406,7 @@ def _distill(
         chosen = _distillation_settings(settings, model.config, tokens.shape[1])
         layers = model.config.num_hidden_layers
         change = _key(settings, layers + 3)
-        problem = distillation_problem(model, dense, masks, jnp.asarray(tokens), change, chosen)
+        problem = distillation_problem(model, dense, masks, jnp.asarray(adapted), change, chosen)
         solution = solve(problem, _key(settings, layers), work)
         extra = {f"distillation_{name}": value for name, value in solution.remarks.items()}
         _set_stacks(model, solution.weights)

@@ -66,6 +66,18 @@ class Streams(NamedTuple):
             return self
         return self._replace(target=next_hidden(dense, self.dense, self.config, batch=batch))
 
+    def part(self, windows: slice) -> Streams:
+        """Only some of the windows; of a dense stream to judge by, all."""
+
+        def cut(hidden: Array) -> Array:
+            return split_windows(hidden[windows])
+
+        return self._replace(
+            dense=cut(self.dense) if self.whole else self.dense,
+            pruned=cut(self.pruned),
+            target=None if self.target is None else cut(self.target),
+        )
+
     def after(self, dense: BlockWeights, pruned: BlockWeights | None, batch: int) -> Streams:
         """Streams after a block; without ``pruned``, that stream is not advanced."""
         through = partial(next_hidden, config=self.config, batch=batch)

@@ -37,12 +37,13 @@ def test_a_quick_run_fills_the_table(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark.torch_forms, "available", lambda *others: False)
     out = tmp_path / "run"
     parts = ("kernel", "loss", "algorithm1", "baselines", "memory")
-    parts += ("layer", "step", "forward", "prune")
+    parts += ("layer", "step", "forward", "prune", "all_maps")
     assert run(benchmark, out, "--parts", *parts) == 0
     metrics = pd.read_csv(out / "metrics.csv")
     assert set(metrics["part"]) == set(parts)
     timed = metrics[metrics["seconds"].notna()]
     assert (timed["seconds"] > 0).all()
+    timed = timed[timed["part"] != "all_maps"]
     assert (timed["low"] <= timed["high"]).all()
     kernel = metrics[metrics["part"] == "kernel"]
     ours = kernel[kernel["contender"] == "one device"]
@@ -55,6 +56,11 @@ def test_a_quick_run_fills_the_table(benchmark, tmp_path, monkeypatch, capsys):
     whole = metrics[metrics["part"] == "prune"]
     assert set(whole["contender"]) == set(METHODS)
     assert (whole["compile_seconds"] > whole["seconds"]).all()
+    # Of a model of two layers, what is said of all is what was measured.
+    shape = metrics[metrics["part"] == "all_maps"].set_index("contender")
+    assert shape.loc["2 layers, from these", "peak_gib"] == shape.loc["second block", "peak_gib"]
+    measured = shape.loc[["curvature, 2 layers", "first block", "second block"], "seconds"]
+    assert shape.loc["2 layers, from these", "seconds"] >= measured.sum() * 0.999
     assert "PyTorch is not installed" in capsys.readouterr().out
     assert benchmark.main(["--redraw", "--out", str(out)]) == 0
     assert "## kernel" in (out / "tables.md").read_text()

@@ -11,6 +11,7 @@ from tiny_llama import CONFIG
 from jaxprune.descent.loop import descend
 from jaxprune.models import llama
 from jaxprune.models.llama.losses import window_divergences
+from jaxprune.models.llama.shapes import LLAMA_3_2_1B
 from jaxprune.pipeline.distillation import (
     DistillationContext,
     DistillationSettings,
@@ -154,16 +155,15 @@ def test_what_validates_was_not_calibrated_on(dense, context, tokens):
     assert (whole[0] != whole[2]).any()  # the same window, of another batch
 
 
-def test_large_models_are_distilled_only_when_asked(dense, script):
+def test_large_models_are_distilled_only_when_asked(dense):
     half = Sparsity(0.5)
-    large = script("random_llama").LLAMA_3_2_1B
-    assert llama.parameter_count(large) == 1_235_814_400
+    assert llama.parameter_count(LLAMA_3_2_1B) == 1_235_814_400
     steps = DistillationSettings().steps
     for config, asked, expected in (
         (dense.config, None, steps),
         (dense.config, 0, 0),
-        (large, None, 0),
-        (large, 7, 7),
+        (LLAMA_3_2_1B, None, 0),
+        (LLAMA_3_2_1B, 7, 7),
     ):
         settings = PruneSettings("descent", "qk", half, distill=asked)
         assert distillation_steps(settings, config) == expected
