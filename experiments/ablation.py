@@ -143,6 +143,11 @@ VARIANTS = {
     "generated_text": Variant(
         "closed form, 64 windows more that the model writes", _closed(generated=64)
     ),
+    "generated_steps": Variant(
+        "512 windows more that the model writes, most of them for steps",
+        {"generated": 512},
+        "gauss-newton",
+    ),
     "wanda": Variant("Wanda", {"method": "wanda"}),
     "sparsegpt": Variant("SparseGPT", {"method": "sparsegpt"}),
     "magnitude": Variant("magnitude", {"method": "magnitude"}),

@@ -170,6 +170,10 @@ MUTANTS = [
     Mutant("pipeline/block.py", "(1 - share) * own", "share * own"),
     Mutant("pipeline/closed_form.py", "return share * mean", "return mean"),
     # Text that a model writes.
+    Mutant("pipeline/model.py", "min(read, settings.generated // 2)", "settings.generated"),
+    Mutant("pipeline/model.py", "masked if masked < windows else 0", "0"),
+    Mutant("pipeline/model.py", "streams.part(slice(plan.masked))", "streams"),
+    Mutant("pipeline/model.py", "min(masked, settings.curvature", "min(99, settings.curvature"),
     Mutant("models/llama/sampling.py", "<= position, logits", "< position + 9, logits"),
     Mutant("models/llama/sampling.py", "(layer, 0, 0, position, 0)", "(layer, 0, 0, 0, 0)"),
     Mutant("models/llama/sampling.py", "position[None]", "0 * position[None]"),
