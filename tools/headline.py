@@ -223,8 +223,8 @@ def real_table(metrics: pd.DataFrame, config: dict[str, Any], environment: dict[
         f"{config['eval_windows']}; attention error: mean over heads, held-out on "
         f"{config['heldout']} windows more. Budget: what shares the budget of zeros. Retraining: "
         f"kept weights adapt block by block, and all together at the end; steps a block: {steps}, "
-        "where a row does not say. Seconds and peak memory are those of pruning, each row in a process of its own, compiling "
-        "included where the programs were not kept, on "
+        "where a row does not say. Seconds and peak memory are those of pruning, each row in a "
+        "process of its own, compiling included where the programs were not kept, on "
         f"{environment.get('cpu_count')} cores ({environment.get('device')}).{several}{over} In "
         "bold the best of equal maps and sparsity."
     )
