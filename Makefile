@@ -30,7 +30,7 @@ sweep: $(READY) ## the paper's synthetic experiment (Figure 2): runs/synthetic
 real: $(READY) ## every method on SmolLM2-135M, fetched once (about four hours): runs/smollm2, docs/smollm2
 	$(BIN)/python experiments/real.py --resume $(if $(TEXT),--calibration '$(TEXT)' --out runs/smollm2-text,--out runs/smollm2) $(if $(ROWS),--rows '$(ROWS)') $(if $(TEXT)$(ROWS),,--save docs/smollm2)
 
-headline: $(READY) ## the README's table of the embedded model, printed (says how long it takes): runs/headline
+headline: $(READY) ## the table of the embedded model, printed (says how long it takes): runs/headline
 	$(BIN)/python experiments/ablation.py --variants descent closed_form mask_only admm wanda sparsegpt magnitude --sparsity 0.5 0.7 2:4 --resume --out runs/headline
 	$(BIN)/python tools/headline.py --run runs/headline
 
