@@ -63,19 +63,22 @@ print(f"{x.shape[0]} sequences of {x.shape[1]} tokens; W is {w.shape[0]} x {w.sh
 # # Half of it removed
 #
 # Wanda looks at each projection as a linear map. Algorithm 1 learns a mask for `W` by gradient
-# descent on the attention matrix itself and leaves kept weights alone. The preset `descent` lets
-# them adapt while a hard mask tightens. These heads are fused without positions, as in the paper;
-# how positions come in is seen below.
+# descent on the attention matrix itself and leaves kept weights alone. The preset `gauss_newton`
+# finds the mask, and values for the weights that it keeps, in closed form, from the curvature of
+# the error; `descent` goes on from there, in steps on the error itself. These heads are fused
+# without positions, as in the paper; how positions come in is seen below.
 
 # %%
 half = Sparsity(0.5)
 wq, wk = heads.wq[HEAD], heads.wk[HEAD]
 wanda_q, wanda_k = (baselines.wanda(x, projection, half) for projection in (wq, wk))
 paper = prune_attention(x, w, half, preset="paper", steps=STEPS, batch_size=4)
+closed = prune_attention(x, w, half, preset="gauss_newton")
 descent = prune_attention(x, w, half, preset="descent", steps=STEPS)
 pruned = {
     "Wanda on $W_Q$, $W_K$": wanda_q.weight @ wanda_k.weight.T,
     "Algorithm 1": paper.weight,
+    "closed form": closed.weight,
     "preset descent": descent.weight,
 }
 errors = {
@@ -90,7 +93,7 @@ for name, (calibration, heldout) in errors.items():
 
 # %%
 shown = x_fresh[0, :24]
-figure, axes = plt.subplots(1, 4, figsize=(10, 3), layout="constrained")
+figure, axes = plt.subplots(1, 5, figsize=(12, 3), layout="constrained")
 for cell, (name, weight) in zip(axes, {"dense": w, **pruned}.items(), strict=True):
     cell.imshow(attention_matrix(shown, weight) ** 0.5, vmin=0, vmax=1, cmap="viridis")
     cell.set_title(name, fontsize=9)
@@ -102,14 +105,14 @@ plotting.save(figure, FIGURES, "attention")
 # # Where the masks keep
 #
 # Features of large activations keep more of their rows and columns. Algorithm 1 has to find them
-# from gradients; the ranking of `descent` knows their norms.
+# from gradients; the curvature that the closed form takes knows them.
 
 # %%
 norms = np.linalg.norm(np.asarray(x).reshape(-1, x.shape[-1]), axis=0)
 figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.0), sharey=True, layout="constrained")
 for cell, (name, method, found) in zip(
     axes,
-    [("Algorithm 1", "algorithm1", paper), ("preset descent", "descent", descent)],
+    [("Algorithm 1", "algorithm1", paper), ("closed form", "gauss_newton", closed)],
     strict=True,
 ):
     look = plotting.style(method)

@@ -15,6 +15,7 @@ For example::
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -426,7 +427,7 @@ def compute_all(config: Config, material: Material, run: RunFolder) -> list[dict
     steps = [units(settings_of(*cell, config), shape) for cell in cells]
     with tqdm(total=sum(steps), unit="chunk") as bar:
         for i, (cell, name) in enumerate(zip(cells, names, strict=True)):
-            arguments = (cell, dense[0]["dense_perplexity"], material, run.path / "work")
+            arguments = (cell, dense[0]["dense_perplexity"], material, run.path / "work" / name)
 
             def progress(where: Progress, before: int = sum(steps[:i])) -> None:
                 bar.update(before + where.done - bar.n)
@@ -434,6 +435,8 @@ def compute_all(config: Config, material: Material, run: RunFolder) -> list[dict
             bar.set_postfix_str(name)
             rows += run.part(name, partial(in_process, compute, *arguments, progress=progress))
             bar.update(sum(steps[: i + 1]) - bar.n)
+    with contextlib.suppress(OSError):  # there is none, or one of an earlier version
+        (run.path / "work").rmdir()
     return rows
 
 

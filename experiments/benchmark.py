@@ -495,10 +495,9 @@ def forward_part(config: Config) -> list[dict[str, Any]]:
 
 def prune_part(config: Config) -> list[dict[str, Any]]:
     """Whole runs on all maps of two blocks, curvature and errors included, by every method."""
-    windows, n = (8, 32) if config.quick else (16, 512)
+    windows, n = size = (8, 32) if config.quick else (16, 512)
     shape = QUICK_LLAMA if config.quick else replace(SMOLLM2, num_hidden_layers=2)
-    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (windows + 4, n))
-    tokens = tokens.astype(np.int32)
+    tokens = _random_windows(shape, size)
     number = itertools.count()
 
     def contender(method: str, folder: Path) -> Contender:
@@ -619,7 +618,8 @@ def all_maps_part(config: Config) -> list[dict[str, Any]]:
     """Closed form of all maps at the shape of Llama-3.2-1B, part by part, each in a process.
 
     The curvature of one layer and of two tell what a layer takes and what the head does. What 16
-    layers hold more than two is their weights and factors, which is counted.
+    layers hold more than two is their weights, factors, and a batch of hidden states before each,
+    which is counted.
     """
     shape = QUICK_LLAMA if config.quick else LLAMA_3_2_1B
     size = (4, 32) if config.quick else (16, 512)
@@ -647,31 +647,39 @@ def all_maps_part(config: Config) -> list[dict[str, Any]]:
 _ALL = PruneSettings("gauss-newton", "all", Sparsity(0.5))
 
 
-def _random_model(shape: LlamaConfig, size: tuple[int, int]) -> tuple[Llama, np.ndarray]:
-    """A model, and windows to calibrate on with four to judge by."""
+def _random_windows(shape: LlamaConfig, size: tuple[int, int]) -> np.ndarray:
+    """Windows to calibrate on, with four to judge by."""
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (size[0] + 4, size[1]))
-    return Llama(shape, key=jax.random.key(0)), tokens.astype(np.int32)
+    return tokens.astype(np.int32)
+
+
+def _curvature(model: Llama, tokens: np.ndarray) -> float:
+    """Seconds of the curvature of the predictions, its programs compiled."""
+
+    def call(tokens: np.ndarray) -> None:
+        found = prediction_curvature(model, tokens, _ALL.names, jax.random.key(1), batch=_ALL.batch)
+        jax.block_until_ready(found)
+
+    call(tokens[: _ALL.batch])
+    begin = time.perf_counter()
+    call(tokens)
+    return time.perf_counter() - begin
 
 
 def curvature_seconds(
     shape: LlamaConfig, size: tuple[int, int], report: Callable[[Any], None]
 ) -> float:
     """Seconds of the curvature of the predictions; in a child."""
-    model, tokens = _random_model(shape, size)
-    begin = time.perf_counter()
-    found = prediction_curvature(
-        model, tokens[: size[0]], _ALL.names, jax.random.key(1), batch=_ALL.batch
-    )
-    jax.block_until_ready(found)
-    return time.perf_counter() - begin
+    tokens = _random_windows(shape, size)
+    return _curvature(Llama(shape, key=jax.random.key(0)), tokens[: size[0]])
 
 
 def closed_form_seconds(
     shape: LlamaConfig, size: tuple[int, int], report: Callable[[Any], None]
 ) -> dict[str, Any]:
     """Seconds of every part of a run, its peak memory, and bytes of what a layer holds."""
-    model, tokens = _random_model(shape, size)
-    stamps = []
+    model, tokens, stamps = Llama(shape, key=jax.random.key(0)), _random_windows(shape, size), []
+    curvature = _curvature(model, tokens[: size[0]])
 
     def progress(where: Progress) -> None:
         stamps.append((where.done, time.perf_counter()))
@@ -681,16 +689,17 @@ def closed_form_seconds(
         list(prune_model(model, fit, heldout, _ALL, run, progress))
     # Units are the curvature, then the blocks; each is reported at its beginning and its end.
     reached = dict(reversed(stamps))
-    seconds = np.diff([reached[done] for done in sorted(reached)]).tolist()
+    _, *seconds = np.diff([reached[done] for done in sorted(reached)]).tolist()
     blocks = model.blocks.get_value()
     outputs = [getattr(blocks, name).shape[2] for name in _ALL.names]
     factors = sum(width**2 // output_blocks(width, _ALL.curvature.outputs) for width in outputs)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) // shape.num_hidden_layers
+    hidden = min(size[0], _ALL.batch) * size[1] * shape.hidden_size
     return {
-        "curvature": seconds[0],
-        "blocks": seconds[1:],
+        "curvature": curvature,
+        "blocks": seconds,
         "peak": peak_memory(),
-        "layer_bytes": weights + 4 * factors,
+        "layer_bytes": weights + 4 * (factors + hidden),
     }
 
 

@@ -166,8 +166,9 @@ class Config:
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is fetched."""
         rows.chosen(list(ROWS), self.rows)
-        for name in ("seeds", "distill"):
-            if getattr(self, name) < 1:
+        for name in ("seeds", "distill", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise InputError(f"--{name}: expected 1 or more")
         for name in ("eval_windows", "batch"):
             if getattr(self.data, name) < 1:
@@ -321,7 +322,9 @@ def _generated(row: Row, config: Config) -> int:
 
 def _steps(row: Row, config: Config) -> int | None:
     """Steps of a descent in every block, where they are not the preset's."""
-    return (config.steps or row.steps) if row.refit else None
+    if not row.refit:
+        return None
+    return row.steps if config.steps is None else config.steps
 
 
 def _pruned(

@@ -149,7 +149,7 @@ ENTRIES = {
         "tutorial/masks.png",
         _TUTORIAL,
         "Where masks keep",
-        "Fraction of a feature's weights that Algorithm 1 and preset descent keep against the norm "
+        "Fraction of a feature's weights that Algorithm 1 and the closed form keep against the norm "
         "of its activations, on the side of queries and of keys: more where activations are "
         "large, with a wide spread.",
     ),

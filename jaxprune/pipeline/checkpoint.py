@@ -236,7 +236,7 @@ def prune_checkpoint(
       generated: windows to calibrate on that the dense model writes, besides those read; see
         ``PruneSettings``.
       batch: windows at once in forward passes.
-      seed: of random batches, cotangents, and windows drawn from C4.
+      seed: of random batches, cotangents, generated windows, and windows drawn from C4.
       dtype: of the model's weights and activations, ``float32`` or ``bfloat16``.
       mesh: ``SxH``, devices along sequences and heads; all there are if ``None``.
       resume: go on with an interrupted run with the same ``out``.

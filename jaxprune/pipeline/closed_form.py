@@ -70,7 +70,7 @@ def block_closed_form(
     for names, writer in ((_FIRST, "wo"), (("w_down",), "w_down")):
         moments, cross = _statistics(dense, pruned, streams, names, writer, settings)
         # One factor for all maps that have their input in common.
-        factors = {field: factorise(moment) for field, moment in moments.items()}
+        factors = {field: factorise(moments.pop(field)) for field in tuple(moments)}
         for name in names:
             factor = factors[INPUT_OF[name]]
             results[name] = kronecker_admm(

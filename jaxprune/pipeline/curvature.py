@@ -11,7 +11,6 @@ the model pruned so far computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,7 +60,6 @@ def prediction_curvature(
     *,
     batch: int,
     full: int = CurvatureSettings().outputs,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Curvature:
     """Curvature of the predictions in the outputs of linear maps of all blocks.
 
@@ -72,12 +70,11 @@ def prediction_curvature(
       key: of the random cotangents; a window has its own, whatever the batch.
       batch: windows at once.
       full: greatest width of a block of ``B``.
-      progress: called with the number of batches done.
     """
     config, windows = model.config, len(tokens)
     layers = range(config.num_hidden_layers)
     sums = [_zeros(model, names, full) for _ in layers]
-    for number, start in enumerate(range(0, windows, batch)):
+    for start in range(0, windows, batch):
         here = jnp.asarray(tokens[start : start + batch])
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(len(here)))
         hidden = [model.embed(here)]
@@ -88,14 +85,17 @@ def prediction_curvature(
             gradient, sums[layer] = _through_block(
                 model.block_weights(layer), hidden.pop(), gradient, sums[layer], config
             )
-        progress(number + 1)
-    return [
-        {
-            name: MapCurvature(sums[layer][name][0] / windows, sums[layer][name][1] / tokens.size)
-            for name in names
-        }
-        for layer in layers
-    ]
+    # Layer by layer, so that sums and means of all are not held together.
+    return [_means(sums.pop(0), windows, tokens.size) for _ in layers]
+
+
+def _means(
+    sums: dict[str, tuple[Array, Array]], windows: int, tokens: int
+) -> dict[str, MapCurvature]:
+    return {
+        name: MapCurvature(outputs / windows, inputs / tokens)
+        for name, (outputs, inputs) in sums.items()
+    }
 
 
 def _zeros(model: Llama, names: tuple[str, ...], full: int) -> dict[str, tuple[Array, Array]]:

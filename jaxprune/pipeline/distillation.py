@@ -97,7 +97,7 @@ def distillation_problem(
 ) -> Problem:
     """The distillation of a model pruned so far.
 
-    What validates is changed once as the windows of a step are. The windows themselves are what
+    What validates is changed once as the windows of a step are. The windows themselves may be what
     the blocks were pruned on: after the closed form of SmolLM2-135M the divergence on them is a
     quarter of that on fresh text, and no step lowers it, whatever it does elsewhere.
 

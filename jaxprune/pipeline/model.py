@@ -148,7 +148,7 @@ def prune_model(
     """
     settings.check(model.config)
     total, before = units(settings, model.config), int(settings.generated > 0)
-    masked = _masked(settings, model.config, len(tokens))
+    for_masks = _for_masks(settings, model.config, len(tokens))
 
     def report(done: int, doing: str) -> None:
         progress(Progress(before + done, total, doing))
@@ -157,33 +157,36 @@ def prune_model(
         progress(Progress(0, total, "generated text"))
         tokens = np.concatenate([tokens, _generated(model, tokens, settings, run)])
     if not distillation_steps(settings, model.config):
-        yield from _prune_blocks(model, tokens, masked, heldout, settings, run, report)
+        yield from _prune_blocks(model, tokens, for_masks, heldout, settings, run, report)
         return
     # Pruned blocks take the memory of the model's.
     dense = jax.tree.map(jnp.copy, model.blocks.get_value())
-    pruned = list(_prune_blocks(model, tokens, masked, heldout, settings, run, report))
-    adapted = tokens[_others(masked, len(tokens))]
-    yield from _distill(model, dense, pruned, tokens, adapted, heldout, settings, run, report)
+    # Blocks that are not refitted need none of the windows that are for steps alone.
+    streamed = tokens if settings.refits or settings.gradual else tokens[:for_masks]
+    pruned = list(_prune_blocks(model, streamed, for_masks, heldout, settings, run, report))
+    for_steps = tokens[_steps_windows(for_masks, len(tokens))]
+    yield from _distill(model, dense, pruned, tokens, for_steps, heldout, settings, run, report)
 
 
-def _masked(settings: PruneSettings, config: LlamaConfig, read: int) -> int:
+def _for_masks(settings: PruneSettings, config: LlamaConfig, read: int) -> int:
     """How many windows masks are found on: those read, and generated ones after them.
 
-    Where kept weights then adapt by steps, masks take no more generated windows than were read,
-    and at most half. Steps have the others: what a mask was found on, its weights have memorised,
-    and steps learn little from it. On the first three blocks of SmolLM2-135M, half of all maps,
-    100 steps on the 64 windows of the closed form left 10 % less divergence on fresh text than it,
-    on 64 generated ones 14 %, on 192, with 64 more for the masks, 22 %.
+    What a mask was found on, its weights have memorised, and steps learn little from it. Where
+    there are steps, the first ``read`` of the generated windows are therefore for them alone, the
+    next ``read`` for masks, the rest for steps; with fewer, all windows are for both. On the first
+    three blocks of SmolLM2-135M, half of all maps, 100 steps on the 64 windows of the closed form
+    left 10 % less divergence on fresh text than it, on 64 generated ones 14 %, on 192, with 64 more
+    for the masks, 22 %.
     """
     steps = settings.refits or distillation_steps(settings, config) > 0
-    if settings.gradual or not steps:
+    if settings.gradual or not steps or settings.generated < read:
         return read + settings.generated
-    return read + min(read, settings.generated // 2)
+    return read + min(read, settings.generated - read)
 
 
-def _others(masked: int, windows: int) -> slice:
-    """Windows that steps adapt kept weights on: those after a mask's, or all if there are none."""
-    return slice(masked if masked < windows else 0, None)
+def _steps_windows(for_masks: int, windows: int) -> slice:
+    """Windows that steps adapt kept weights on: those after the masks', or all if none are."""
+    return slice(for_masks if for_masks < windows else 0, None)
 
 
 def _key(settings: PruneSettings, number: int) -> Key[Array, ""]:
@@ -211,14 +214,14 @@ def _generated(
 def _prune_blocks(
     model: Llama,
     tokens: np.ndarray,
-    masked: int,
+    for_masks: int,
     heldout: np.ndarray,
     settings: PruneSettings,
     run: RunFolder,
     report: Report,
 ) -> Iterator[PrunedBlock]:
-    """``prune_model`` without distillation; masks are found on the first ``masked`` windows."""
-    plan = _plan(model, tokens, masked, settings, run, report)
+    """``prune_model`` without distillation; masks are found on the first ``for_masks`` windows."""
+    plan = _plan(model, tokens, for_masks, settings, run, report)
     streams = Streams.start(model, tokens, heldout, whole=settings.needs_dense_stream)
     each, before = _block_units(settings, model.config), int(settings.needs_curvature)
     for layer in range(model.config.num_hidden_layers):
@@ -244,18 +247,18 @@ class _Plan(NamedTuple):
     Attributes:
       sparsity: of every matrix, by its name, for each block.
       curvature: of the predictions, where it is needed.
-      masked: windows that masks are found on.
+      for_masks: windows that masks are found on.
     """
 
     sparsity: list[dict[str, Sparsity]]
     curvature: Curvature | None
-    masked: int
+    for_masks: int
 
 
 def _plan(
     model: Llama,
     tokens: np.ndarray,
-    masked: int,
+    for_masks: int,
     settings: PruneSettings,
     run: RunFolder,
     report: Report,
@@ -264,24 +267,25 @@ def _plan(
     layers = range(model.config.num_hidden_layers)
     even = [dict.fromkeys(settings.names, settings.sparsity) for _ in layers]
     if not settings.needs_curvature:
-        return _Plan(even, None, masked)
+        return _Plan(even, None, for_masks)
     # What is finished needs none of it.
-    if settings.allocate == "matrix" and all(run.finished(f"block-{layer}") for layer in layers):
-        return _Plan(even, None, masked)
+    if all(run.finished(f"block-{layer}") for layer in layers):
+        return _Plan(even, None, for_masks)
     report(0, "curvature")
     key = _key(settings, len(layers) + 1)
     curvature = prediction_curvature(
         model,
-        tokens[: min(masked, settings.curvature.windows)],
+        tokens[: min(for_masks, settings.curvature.windows)],
         settings.names,
         key,
         batch=settings.batch,
         full=settings.curvature.outputs,
     )
+    jax.block_until_ready(curvature)  # so that its progress is not the first block's
     report(1, "curvature")
     if settings.allocate == "matrix":
-        return _Plan(even, curvature, masked)
-    return _Plan(share_out(model, curvature, settings), curvature, masked)
+        return _Plan(even, curvature, for_masks)
+    return _Plan(share_out(model, curvature, settings), curvature, for_masks)
 
 
 def _prune_block(
@@ -296,14 +300,15 @@ def _prune_block(
     if settings.gradual:
         solution = solve(_gradual_problem(dense, streams, settings), key, work)
     else:
-        found_on = streams.part(slice(plan.masked))
-        solution = _find_masks(layer, dense, found_on, plan, settings, key)
+        found_on = slice(plan.for_masks)
+        solution = _find_masks(layer, dense, streams.part(found_on), plan, settings, key)
         if settings.method == "descent" and not settings.refits:
             solution = _with_dense_values(dense, solution)
         if settings.refits:
             remarks = solution.remarks
-            others = streams.part(_others(plan.masked, len(streams.pruned)))
-            solution = solve(_refit_problem(dense, others, solution, settings), key, work)
+            others = _steps_windows(plan.for_masks, len(streams.pruned))
+            problem = _refit_problem(dense, streams.part(others), solution, settings)
+            solution = solve(problem, key, work)
             solution = solution._replace(remarks=remarks | solution.remarks)
     for name in settings.names:
         if not bool(jnp.isfinite(solution.weights[name]).all()):
@@ -386,7 +391,7 @@ def _distill(
     dense: BlockWeights,
     blocks: list[PrunedBlock],
     tokens: np.ndarray,
-    adapted: np.ndarray,
+    for_steps: np.ndarray,
     heldout: np.ndarray,
     settings: PruneSettings,
     run: RunFolder,
@@ -394,7 +399,7 @@ def _distill(
 ) -> Iterator[PrunedBlock]:
     """Let the kept weights of all pruned blocks adapt together, and judge every block anew.
 
-    The steps take the windows ``adapted``.
+    The steps take the windows ``for_steps``.
     """
     name, names = "distillation", settings.names
     blocks_done = _block_units(settings, model.config) * model.config.num_hidden_layers
@@ -406,15 +411,16 @@ def _distill(
         chosen = _distillation_settings(settings, model.config, tokens.shape[1])
         layers = model.config.num_hidden_layers
         change = _key(settings, layers + 3)
-        problem = distillation_problem(model, dense, masks, jnp.asarray(adapted), change, chosen)
+        problem = distillation_problem(model, dense, masks, jnp.asarray(for_steps), change, chosen)
         solution = solve(problem, _key(settings, layers), work)
         extra = {f"distillation_{name}": value for name, value in solution.remarks.items()}
         _set_stacks(model, solution.weights)
-        streams, rows = Streams.start(model, tokens, heldout, whole=False), []
+        judged = tokens[: len(heldout)]
+        streams, rows = Streams.start(model, judged, heldout, whole=False), []
         for layer, _, found in blocks:
             unpruned = jax.tree.map(lambda stack, layer=layer: stack[layer], dense)
-            judged = _head_rows(layer, unpruned, model.block_weights(layer), streams, extra)
-            rows += [old | new for old, new in zip(found, judged, strict=True)]
+            now = _head_rows(layer, unpruned, model.block_weights(layer), streams, extra)
+            rows += [old | new for old, new in zip(found, now, strict=True)]
             streams = streams.after(unpruned, None, settings.batch)
         work.finish(**{w: gather(solution.weights[w]) for w in names})
         return rows

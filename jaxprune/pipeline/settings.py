@@ -56,12 +56,12 @@ class PruneSettings:
       distill: steps of the distillation at the end, of all kept weights; if ``None``, the
         preset's after ``descent`` in models of up to 100 million parameters, else none.
       generated: windows to calibrate on that the dense model writes, besides those given. Where
-        kept weights adapt by steps, they do so on half of these or more, and on no others.
+        there are at least as many, kept weights adapt on windows that no mask was found on.
       curvature: of the predictions, where it is needed.
       correction: share of the residual stream's error so far that ``all`` takes back in every
         block: in the closed form by ``W_O`` and ``W_down``, in a refit by all maps.
       batch: windows at once in forward passes.
-      seed: of random batches and random cotangents.
+      seed: of random batches, random cotangents and generated windows.
       tuning: further changes to the settings of a descent.
     """
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_llama import CONFIG
 
 from jaxprune.models.llama.modeling import Llama
-from jaxprune.pipeline import PruneSettings, prune_model
+from jaxprune.pipeline import PruneSettings, prune_model, query_key
 from jaxprune.pipeline import model as pipeline
 from jaxprune.runs.folder import RunFolder
 from jaxprune.sparsity import Sparsity
@@ -20,7 +20,7 @@ READ = np.asarray(jax.random.randint(jax.random.key(1), (4, 24), 0, CONFIG.vocab
 def pruned(tmp_path):
     """Keep masks and the first block's weights by a method, and windows that its steps had."""
 
-    def run(method, generated, **settings):
+    def run(method, generated, targets="all"):
         seen = []
 
         def recorded(problem, *arguments):
@@ -29,11 +29,11 @@ def pruned(tmp_path):
 
         model, solve = Llama(CONFIG, key=jax.random.key(0)), pipeline.solve
         settings = PruneSettings(
-            method, "all", Sparsity(0.5), generated=generated, distill=0, steps=2, **settings
+            method, targets, Sparsity(0.5), generated=generated, distill=0, steps=2
         )
         with (
             pytest.MonkeyPatch.context() as patch,
-            RunFolder(tmp_path / f"{method}-{generated}", settings) as folder,
+            RunFolder(tmp_path / f"{method}-{generated}-{targets}", settings) as folder,
         ):
             patch.setattr(pipeline, "solve", recorded)
             blocks = list(prune_model(model, READ, READ, settings, folder, lambda where: None))
@@ -42,13 +42,27 @@ def pruned(tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("generated", "masked"), [(16, 4), (6, 3), (1, 0)])
-def test_masks_are_of_windows_read_and_half_of_those_generated_at_most(pruned, generated, masked):
-    with_steps, seen = pruned("descent", generated)
-    without, _ = pruned("gauss-newton", masked)
+@pytest.mark.parametrize("targets", ["all", "qk"])
+@pytest.mark.parametrize(
+    ("generated", "for_masks", "for_steps"), [(16, 4, 12), (6, 2, 4), (4, 0, 4), (3, 3, 7)]
+)
+def test_steps_have_as_many_as_were_read_before_masks_have_any(
+    pruned, targets, generated, for_masks, for_steps
+):
+    with_steps, seen = pruned("descent", generated, targets)
+    without, _ = pruned("gauss-newton", for_masks, targets)
     for name, mask in with_steps[0].items():
         np.testing.assert_array_equal(mask, without[0][name])
-    assert {len(data["hidden"]) for data in seen} == {generated - masked}
+    assert {len(jax.tree.leaves(data)[0]) for data in seen} == {for_steps}
+
+
+def test_more_windows_than_moments_are_usually_taken_from_change_the_masks(pruned, monkeypatch):
+    usual = query_key.query_key_settings
+    monkeypatch.setattr(
+        query_key, "query_key_settings", lambda *a: usual(*a)._replace(moment_sequences=4)
+    )
+    read, written = (pruned("gauss-newton", generated, "qk")[0][0] for generated in (0, 8))
+    assert any((read[name] != written[name]).any() for name in read)
 
 
 def test_steps_have_none_of_the_windows_that_masks_were_found_on(pruned, monkeypatch):

@@ -254,7 +254,11 @@ class Llama(nnx.Module):
 
     def block_weights(self, layer: int) -> BlockWeights:
         """Weights of one block, for ``block``."""
-        return jax.tree.map(lambda stack: stack[layer], self.blocks.get_value())
+        # The number is an argument of the program: one serves all blocks.
+        return jax.tree.map(
+            lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False),
+            self.blocks.get_value(),
+        )
 
 
 @partial(jax.jit, static_argnames=("config", "capture"))

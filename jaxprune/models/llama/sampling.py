@@ -52,13 +52,16 @@ def continuations(
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
     entries = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length
     bytes_each = entries * model.embedding.get_value().dtype.itemsize
-    batch = min(len(prompts), max(1, _CACHE_BYTES // bytes_each))
     padded = np.pad(prompts, ((0, 0), (0, length - given)))
+    # Batches of one size, for which there is one program; the last is filled up.
+    count = -(-len(prompts) // max(1, _CACHE_BYTES // bytes_each))
+    windows = np.arange(count * -(-len(prompts) // count)) % len(prompts)
     parts = [
-        _write(model, jnp.asarray(padded[i : i + batch]), keys[i : i + batch], given)
-        for i in range(0, len(prompts), batch)
+        _write(model, jnp.asarray(padded[batch]), keys[batch], given)
+        for batch in windows.reshape(count, -1)
     ]
-    return np.concatenate([np.asarray(part) for part in parts]).astype(prompts.dtype)
+    written = np.concatenate([np.asarray(part) for part in parts])
+    return written[: len(prompts)].astype(prompts.dtype)
 
 
 @jax.jit
