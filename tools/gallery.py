@@ -149,8 +149,8 @@ ENTRIES = {
         "tutorial/masks.png",
         _TUTORIAL,
         "Where masks keep",
-        "Fraction of a feature's weights that Algorithm 1 and the closed form keep against the norm "
-        "of its activations, on the side of queries and of keys: more where activations are "
+        "Fraction of a feature's weights that Algorithm 1 and the closed form keep against the "
+        "norm of its activations, on the side of queries and of keys: more where activations are "
         "large, with a wide spread.",
     ),
     "overfit": Entry(
