@@ -61,6 +61,27 @@ def test_a_row_for_every_cell_and_files_to_redraw_from(main, where, tmp_path, ca
     assert "Wanda" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_variant_goes_on_with_blocks_of_its_own_alone(ablation, where, tmp_path, monkeypatch):
+    """Variants that differ in their windows alone have equal settings."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*where, "--windows", "12", *TOY[2:], "--seeds", "1"]
+    assert ablation.main([*flags, "--variants", "descent", "--out", str(whole)]) == 0
+
+    def interrupted(*arguments):
+        yield next(prune_model(*arguments))
+        raise KeyboardInterrupt
+
+    prune_model = ablation.prune_model
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "prune_model", interrupted)
+        more = ["--resume", "--out", str(parts)]
+        assert ablation.main([*flags, "--variants", "windows_8", *more]) == 130
+    assert ablation.main([*flags, "--variants", "descent", *more]) == 0
+    ours, theirs = (pd.read_csv(out / "metrics.csv")["divergence"] for out in (parts, whole))
+    pd.testing.assert_series_equal(ours, theirs)
+
+
 def rows(variants, seeds):
     """Made-up metrics."""
     numbers = dict.fromkeys(
