@@ -181,6 +181,7 @@ MUTANTS = [
     Mutant("models/llama/sampling.py", "position[None]", "0 * position[None]"),
     Mutant("models/llama/sampling.py", "position + 1 < given", "position < given"),
     Mutant("models/llama/sampling.py", "partial(at, stop)", "partial(at, stop - 1)"),
+    Mutant("models/llama/sampling.py", "% len(prompts)", "% 2"),
 ]
 
 

@@ -126,6 +126,7 @@ def test_seeds_are_added_to_a_run_and_stay_in_its_table(real, where, calls, tmp_
         (["--rows", "qk-0.5-wnda"], "--rows qk-0.5-wnda: no such row"),
         (["--seeds", "0"], "--seeds"),
         (["--distill", "0"], "--distill"),
+        (["--steps", "0"], "--steps"),
         (["--eval-windows", "0"], "--eval-windows"),
         (["--eval-seqlen", "1"], "--eval-seqlen"),
         (["--windows", "159"], "nothing is left after 161 windows; use another --text"),

@@ -43,12 +43,22 @@ def test_every_token_is_drawn_from_the_predictions_of_a_whole_pass(case):
             assert written[window, place + 1] == expected, (window, place)
 
 
-def test_windows_do_not_depend_on_how_many_are_written_at_once(model, monkeypatch):
-    prompts = prompts_of(model, 3, 2)
+@pytest.mark.parametrize("at_once", [1, 2])  # of three windows, two at once leave one over
+def test_windows_do_not_depend_on_how_many_are_written_at_once(model, monkeypatch, at_once):
+    prompts, config = prompts_of(model, 3, 2), model.config
     together = sampling.continuations(model, prompts, 12, KEY)
-    monkeypatch.setattr(sampling, "_CACHE_BYTES", 1)
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    monkeypatch.setattr(sampling, "_CACHE_BYTES", 4 * heads * config.head_dim * 12 * at_once)
+    sizes, write = [], sampling._write
+
+    def recorded(model, tokens, *arguments):
+        sizes.append(len(tokens))
+        return write(model, tokens, *arguments)
+
+    monkeypatch.setattr(sampling, "_write", recorded)
     np.testing.assert_array_equal(sampling.continuations(model, prompts, 12, KEY), together)
     assert len({tuple(window) for window in together}) == 3
+    assert sizes == [at_once] * -(-3 // at_once)
 
 
 def test_a_prompt_as_long_as_the_window_is_the_window(model):
