@@ -114,7 +114,8 @@ BY_NAME = (
     *("qk-0.7-*-refit", "all-0.5-wanda-model", "all-0.5-sparsegpt-model", "all-0.5-wanda-refit"),
     *("all-0.5-wanda-distill", "all-0.5-admm-distill", "all-0.5-sparsegpt-generated"),
     *("all-0.5-admm-generated", "all-0.5-gauss-newton-model-distill-generated"),
-    *("qk-0.7-*-generated", "all-0.5-descent-model-generated"),
+    *("qk-0.5-descent", "qk-0.7-*-generated", "all-0.5-gauss-newton-generated"),
+    *("all-0.5-descent-model", "all-0.5-descent-model-generated"),
 )
 
 
