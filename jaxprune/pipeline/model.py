@@ -172,11 +172,11 @@ def _for_masks(settings: PruneSettings, config: LlamaConfig, read: int) -> int:
     """How many windows masks are found on: those read, and generated ones after them.
 
     What a mask was found on, its weights have memorised, and steps learn little from it. Where
-    there are steps, the first ``read`` of the generated windows are therefore for them alone, the
-    next ``read`` for masks, the rest for steps; with fewer, all windows are for both. On the first
-    three blocks of SmolLM2-135M, half of all maps, 100 steps on the 64 windows of the closed form
-    left 10 % less divergence on fresh text than it, on 64 generated ones 14 %, on 192, with 64 more
-    for the masks, 22 %.
+    there are steps, as many generated windows as were read are therefore for them alone, then as
+    many for masks, and the rest for steps; with fewer, all windows are for both. On the first three
+    blocks of SmolLM2-135M, half of all maps, 100 steps on the 64 windows of the closed form left
+    10 % less divergence on fresh text than it, on 64 generated ones 14 %, on 192, with 64 more for
+    the masks, 22 %.
     """
     steps = settings.refits or distillation_steps(settings, config) > 0
     if settings.gradual or not steps or settings.generated < read:
