@@ -152,8 +152,8 @@ def _steps(row: pd.Series) -> str:
 
 def _note(row: pd.Series) -> str:
     """What a marker of the cost figure does not say of a row: its budget, its text."""
-    shared = f"one budget\n({row['allocate']})" * (row["allocate"] != "matrix")
-    return "\n".join(filter(None, (shared, "generated text" * _generated(row))))
+    budgets = {"matrix": "", "block": "one budget a block", "model": "one budget"}
+    return ", ".join(filter(None, (budgets[row["allocate"]], "generated" * _generated(row))))
 
 
 def _retraining(row: pd.Series) -> str:
@@ -186,9 +186,10 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
                 markersize=6,
             )
         noted = rows.assign(note=[_note(row) for _, row in rows.iterrows()])
-        noted = noted[noted["note"] != ""].sort_values("seconds")
-        for left, (_, point) in zip(range(len(noted))[::-1], noted.iterrows(), strict=True):
-            # To the left, where there are fewer markers; of the last, to the right.
+        noted = noted[noted["note"] != ""].drop_duplicates("row")
+        # To the left, where there are fewer markers; where there is one note alone, to the right.
+        left = len(noted) > 1
+        for _, point in noted.iterrows():
             axes.annotate(
                 point["note"],
                 (point["seconds"], max(point["gap"], _LEAST_GAP)),
