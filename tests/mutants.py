@@ -29,6 +29,8 @@ TESTS = {
     "gauss_newton/admm.py": ["tests/gauss_newton/test_kronecker_admm.py"],
     "pipeline/block.py": ["tests/pipeline/test_block.py"],
     "pipeline/closed_form.py": ["tests/pipeline/test_closed_form.py"],
+    "pipeline/model.py": ["tests/pipeline/test_generated.py"],
+    "pipeline/query_key.py": ["tests/pipeline/test_generated.py"],
     "models/llama/sampling.py": ["tests/models/test_sampling.py"],
     "baselines/magnitude.py": ["tests/baselines/test_magnitude.py", "tests/baselines"],
     "baselines/wanda.py": ["tests/baselines/test_wanda.py", "tests/baselines"],
