@@ -177,7 +177,7 @@ MUTANTS = [
     Mutant("pipeline/model.py", "for_masks if for_masks < windows else 0", "0"),
     Mutant("pipeline/model.py", "streams.part(found_on)", "streams"),
     Mutant("pipeline/model.py", "min(for_masks, settings.curv", "min(99, settings.curv"),
-    Mutant("pipeline/query_key.py", "max(chosen.moment_sequences, len(x))", "2"),
+    Mutant("pipeline/query_key.py", "moment_sequences=len(x)", "moment_sequences=2"),
     Mutant("models/llama/sampling.py", "<= position, logits", "< position + 9, logits"),
     Mutant("models/llama/sampling.py", "(layer, 0, 0, position, 0)", "(layer, 0, 0, 0, 0)"),
     Mutant("models/llama/sampling.py", "position[None]", "0 * position[None]"),

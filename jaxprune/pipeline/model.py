@@ -31,6 +31,7 @@ from jaxprune.models.llama.modeling import (
     BlockWeights,
     Llama,
     attention_form,
+    one_block,
     parameter_count,
 )
 from jaxprune.models.llama.sampling import continuations
@@ -418,7 +419,7 @@ def _distill(
         judged = tokens[: len(heldout)]
         streams, rows = Streams.start(model, judged, heldout, whole=False), []
         for layer, _, found in blocks:
-            unpruned = jax.tree.map(lambda stack, layer=layer: stack[layer], dense)
+            unpruned = one_block(dense, layer)
             now = _head_rows(layer, unpruned, model.block_weights(layer), streams, extra)
             rows += [old | new for old, new in zip(found, now, strict=True)]
             streams = streams.after(unpruned, None, settings.batch)

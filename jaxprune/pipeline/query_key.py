@@ -97,7 +97,7 @@ def query_key_closed_form(
     chosen = query_key_settings(settings, streams.config)
     x = _inputs(dense, streams, settings)["x"].astype(jnp.float32)
     if settings.generated:  # written to be read, however much other text there is
-        chosen = chosen._replace(moment_sequences=max(chosen.moment_sequences, len(x)))
+        chosen = chosen._replace(moment_sequences=len(x))
     result = prune_closed_form(
         x,
         movable((dense.wq, dense.wk)),

@@ -18,7 +18,7 @@ READ = np.asarray(jax.random.randint(jax.random.key(1), (4, 24), 0, CONFIG.vocab
 
 @pytest.fixture
 def pruned(tmp_path):
-    """Keep masks and the first block's weights by a method, and windows that its steps had."""
+    """Keep masks of every block by a method, and the data that its steps had."""
 
     def run(method, generated, targets="all"):
         seen = []

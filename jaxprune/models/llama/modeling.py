@@ -254,11 +254,17 @@ class Llama(nnx.Module):
 
     def block_weights(self, layer: int) -> BlockWeights:
         """Weights of one block, for ``block``."""
-        # The number is an argument of the program: one serves all blocks.
-        return jax.tree.map(
-            lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False),
-            self.blocks.get_value(),
-        )
+        return one_block(self.blocks.get_value(), layer)
+
+
+def one_block(stacks: BlockWeights, layer: Array | int) -> BlockWeights:
+    """Weights of one block of those of all, which are stacked.
+
+    Its number is an argument of the program, of which one serves all blocks.
+    """
+    return jax.tree.map(
+        lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), stacks
+    )
 
 
 @partial(jax.jit, static_argnames=("config", "capture"))

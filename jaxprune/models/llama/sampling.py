@@ -20,6 +20,7 @@ from jaxprune.models.llama.modeling import (
     after_attention,
     attention_form,
     linear,
+    one_block,
     split_heads,
 )
 
@@ -80,8 +81,7 @@ def _write(
         tokens, keys_so_far, values_so_far = carry
 
         def layer(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            weights = jax.tree.map(lambda stack: stack[i], blocks)
-            return _next(weights, i, position, seen, carry, config)
+            return _next(one_block(blocks, i), i, position, seen, carry, config)
 
         start = (embedding[tokens[:, position]][:, None], keys_so_far, values_so_far)
         hidden, *so_far = lax.fori_loop(0, config.num_hidden_layers, layer, start)
