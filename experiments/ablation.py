@@ -112,6 +112,11 @@ VARIANTS = {
     # What shares the budget of zeros.
     "block_budget": Variant("closed form, one budget a block", _closed(allocate="block")),
     "model_budget": Variant("closed form, one budget for the model", _closed(allocate="model")),
+    "rounds": Variant(
+        "closed form, a second round on the curvature of the first's model too",
+        _closed(rounds=2),
+        targets="all",
+    ),
     # How long kept weights adapt.
     "steps_25": Variant("25 steps a block", {"steps": 25}, "gauss-newton"),
     "steps_400": Variant("400 steps a block", {"steps": 400}, "gauss-newton"),

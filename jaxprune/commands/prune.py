@@ -103,6 +103,8 @@ class Config:
     """least fraction that a matrix loses where a budget is shared"""
     highest: float = 0.95
     """greatest fraction that a matrix loses where a budget is shared"""
+    rounds: int = 1
+    """rounds of the closed form of all maps: 2 takes the curvature of a pruned model too"""
     propagate: bool = True
     """calibrate on the model pruned so far; else every layer on the dense one"""
     steps: flags.Maybe[int] = None

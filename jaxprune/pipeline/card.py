@@ -195,6 +195,8 @@ def method_in_words(settings: PruneSettings, config: LlamaConfig) -> str:
     elif settings.first == "gauss-newton":
         curvature = "attention matrices" if qk else "predictions"
         parts = [f"masks and weights in closed form, on the curvature of the {curvature}"]
+        if settings.rounds > 1:
+            parts[0] += f", taken anew in each of {settings.rounds} rounds"
     else:
         parts = [f"{BASELINES[settings.first].label}, on the inputs of every matrix"]
     if settings.refits and not settings.gradual:

@@ -66,6 +66,7 @@ class PruneRequest:
     allocate: str = "matrix"
     lowest: float = 0.0
     highest: float = 0.95
+    rounds: int = 1
     propagate: bool = True
     steps: int | None = None
     distill: int | None = None
@@ -102,6 +103,7 @@ class PruneRequest:
             allocate=self.allocate,
             lowest=self.lowest,
             highest=self.highest,
+            rounds=self.rounds,
             propagate=self.propagate,
             steps=self.steps,
             distill=self.distill,
@@ -194,6 +196,7 @@ def prune_checkpoint(
     allocate: str = "matrix",
     lowest: float = 0.0,
     highest: float = 0.95,
+    rounds: int = 1,
     propagate: bool = True,
     steps: int | None = None,
     distill: int | None = None,
@@ -230,6 +233,7 @@ def prune_checkpoint(
         ``block``, or of the ``model``, together.
       lowest: least ratio of a matrix where a budget is shared.
       highest: greatest.
+      rounds: of the closed form of ``all``; see ``PruneSettings``.
       propagate: calibrate on the model as pruned so far.
       steps: of a descent in every block; the preset's if ``None``.
       distill: steps of the distillation at the end; see ``PruneSettings``.
@@ -274,6 +278,7 @@ def prune_checkpoint(
         allocate=allocate,
         lowest=lowest,
         highest=highest,
+        rounds=rounds,
         propagate=propagate,
         steps=steps,
         distill=distill,

@@ -105,7 +105,14 @@ def units(settings: PruneSettings, config: LlamaConfig) -> int:
     """Units of progress of a run: generated text, curvature, every block, chunks of descents."""
     last = math.ceil(distillation_steps(settings, config) / Descent.chunk_size)
     blocks = _block_units(settings, config) * config.num_hidden_layers
-    return (settings.generated > 0) + settings.needs_curvature + blocks + last
+    return (settings.generated > 0) + _plan_units(settings, config) + blocks + last
+
+
+def _plan_units(settings: PruneSettings, config: LlamaConfig) -> int:
+    """Before the first block of the last round: curvatures, and blocks of earlier rounds."""
+    if not settings.needs_curvature:
+        return 0
+    return settings.rounds + (settings.rounds - 1) * config.num_hidden_layers
 
 
 def _block_units(settings: PruneSettings, config: LlamaConfig) -> int:
@@ -222,11 +229,27 @@ def _prune_blocks(
     report: Report,
 ) -> Iterator[PrunedBlock]:
     """``prune_model`` without distillation; masks are found on the first ``for_masks`` windows."""
-    plan = _plan(model, tokens, for_masks, settings, run, report)
+    plan = _plan(model, tokens, for_masks, heldout, settings, run, report)
+    before = _plan_units(settings, model.config)
+    yield from _through_blocks(model, tokens, plan, heldout, settings, run, "", before, report)
+
+
+def _through_blocks(
+    model: Llama,
+    tokens: np.ndarray,
+    plan: _Plan,
+    heldout: np.ndarray,
+    settings: PruneSettings,
+    run: RunFolder,
+    prefix: str,
+    before: int,
+    report: Report,
+) -> Iterator[PrunedBlock]:
+    """One round: every block is a part of the run, ``prefix`` in front of its name."""
     streams = Streams.start(model, tokens, heldout, whole=settings.needs_dense_stream)
-    each, before = _block_units(settings, model.config), int(settings.needs_curvature)
+    each = _block_units(settings, model.config)
     for layer in range(model.config.num_hidden_layers):
-        name = f"block-{layer}"
+        name = f"{prefix}block-{layer}"
         dense = model.block_weights(layer)
         streams = streams.ahead(dense, settings.batch)
         work = Work(run, name, before + layer * each, report)
@@ -260,11 +283,16 @@ def _plan(
     model: Llama,
     tokens: np.ndarray,
     for_masks: int,
+    heldout: np.ndarray,
     settings: PruneSettings,
     run: RunFolder,
     report: Report,
 ) -> _Plan:
-    """Take the curvature of the predictions where it is needed, and share out the budget."""
+    """Take the curvature of the predictions where it is needed, and share out the budget.
+
+    Where there are several rounds, each but the last prunes a model to take the curvature of it
+    too. The mean of all counts: predictions are to stay near on the way, not at one end of it.
+    """
     layers = range(model.config.num_hidden_layers)
     even = [dict.fromkeys(settings.names, settings.sparsity) for _ in layers]
     if not settings.needs_curvature:
@@ -272,21 +300,47 @@ def _plan(
     # What is finished needs none of it.
     if all(run.finished(f"block-{layer}") for layer in layers):
         return _Plan(even, None, for_masks)
-    report(0, "curvature")
+    seen = tokens[: min(for_masks, settings.curvature.windows)]
     key = _key(settings, len(layers) + 1)
-    curvature = prediction_curvature(
-        model,
-        tokens[: min(for_masks, settings.curvature.windows)],
-        settings.names,
-        key,
-        batch=settings.batch,
-        full=settings.curvature.outputs,
-    )
-    jax.block_until_ready(curvature)  # so that its progress is not the first block's
-    report(1, "curvature")
-    if settings.allocate == "matrix":
-        return _Plan(even, curvature, for_masks)
-    return _Plan(share_out(model, curvature, settings), curvature, for_masks)
+
+    def curvature_of(model: Llama, number: int) -> Curvature:
+        before = number * (1 + len(layers))
+        report(before, "curvature")
+        curvature = prediction_curvature(
+            model,
+            seen,
+            settings.names,
+            jax.random.fold_in(key, number) if number else key,
+            batch=settings.batch,
+            full=settings.curvature.outputs,
+        )
+        jax.block_until_ready(curvature)  # so that its progress is not the first block's
+        report(before + 1, "curvature")
+        return curvature
+
+    def planned(curvature: Curvature) -> _Plan:
+        shared = settings.allocate != "matrix"
+        sparsity = share_out(model, curvature, settings) if shared else even
+        return _Plan(sparsity, curvature, for_masks)
+
+    plan = planned(curvature_of(model, 0))
+    closed_form = dataclasses.replace(settings, method="gauss-newton", refit=None, distill=None)
+    for number in range(1, settings.rounds):
+        dense = jax.tree.map(jnp.copy, model.blocks.get_value())
+        prefix, before = f"round-{number}-", number + (number - 1) * len(layers)
+        for _ in _through_blocks(
+            model, tokens[:for_masks], plan, heldout, closed_form, run, prefix, before, report
+        ):
+            pass
+        curvature, another = plan.curvature, curvature_of(model, number)
+        model.blocks.set_value(dense)
+        plan = planned(jax.tree.map(partial(_nearer, number + 1), curvature, another))
+    return plan
+
+
+def _nearer(count: int, mean: Array, value: Array) -> Array:
+    """The mean of so many values, from that of all but the last, and the last."""
+    return mean + (value - mean) / count
 
 
 def _prune_block(
@@ -404,7 +458,7 @@ def _distill(
     """
     name, names = "distillation", settings.names
     blocks_done = _block_units(settings, model.config) * model.config.num_hidden_layers
-    work = Work(run, name, settings.needs_curvature + blocks_done, report)
+    work = Work(run, name, _plan_units(settings, model.config) + blocks_done, report)
     work.report(0)
 
     def compute() -> list[dict[str, Any]]:

@@ -51,6 +51,8 @@ class PruneSettings:
         (``block``), or all of the model (``model``), where they are felt least.
       lowest: least ratio of a matrix under ``allocate``.
       highest: greatest ratio of a matrix.
+      rounds: of the closed form of ``all``: each but the last prunes the dense model so that the
+        curvature of the predictions is taken of what it leaves too.
       propagate: calibrate on the model as pruned so far (``all`` always does).
       steps: of a descent; the preset's if ``None``.
       distill: steps of the distillation at the end, of all kept weights; if ``None``, the
@@ -73,6 +75,7 @@ class PruneSettings:
     allocate: str = "matrix"
     lowest: float = 0.0
     highest: float = 0.95
+    rounds: int = 1
     propagate: bool = True
     steps: int | None = None
     distill: int | None = None
@@ -132,6 +135,13 @@ class PruneSettings:
                 "0 <= lowest <= highest <= 1"
             )
         self._check_allocation()
+        if self.rounds < 1:
+            raise InputError(f"rounds {self.rounds}: expected 1 or more")
+        if self.rounds > 1 and not self._closed_form_of_all:
+            raise InputError(
+                f"rounds {self.rounds}: only with targets=all and method=gauss-newton, or descent "
+                "that starts from it; use 1"
+            )
         if self.refit is False and (self.method, self.targets) != ("descent", "qk"):
             raise InputError("refit=False: only with method=descent and targets=qk")
         if self.steps is not None and self.steps < 1:

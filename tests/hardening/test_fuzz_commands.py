@@ -163,6 +163,7 @@ CHOICES = {
     "allocate": ["matrix", "block", "model", "layer"],
     "lowest": ["0", "0.4", "0.6", "-0.1", "nan"],
     "highest": ["0.95", "0.4", "1", "1.1", "inf"],
+    "rounds": ["1", "2", "0"],
     "steps": ["0", "9", "-1", "many"],
     "distill": ["0", "5", "-1", "None"],
     "generated": ["0", "9", "-1"],
@@ -216,6 +217,7 @@ GOOD = {
     "allocate": ("matrix", "block", "model"),
     "lowest": ("0", "0.4", "0.6"),
     "highest": ("0.95", "0.4", "1"),
+    "rounds": ("1", "2"),
     "steps": ("9",),
     "distill": ("0", "5"),
     "generated": ("0", "9"),
@@ -315,6 +317,7 @@ ARGUMENTS = {
     "allocate": lambda v: v in ("matrix", "block", "model"),
     "lowest": number(0, 0.95),
     "highest": number(0, 1),
+    "rounds": lambda v: whole(1)(v) and v == 1,  # of the default, qk, there are no more
     "propagate": lambda v: isinstance(v, bool),
     "steps": whole(1),
     "distill": whole(0),
