@@ -297,7 +297,7 @@ def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
         (("--distill", "-1"), "--distill"),
         (("--generated", "-1"), "--generated"),
         (("--rounds", "0"), "--rounds 0"),
-        (("--rounds", "2"), "--rounds 2: only with targets=all"),
+        (("--rounds", "2"), "--rounds 2: only with --targets all"),
         (("--steps", "0"), "--steps"),
         (("--steps", "9", "--method", "magnitude"), "--steps: has no effect on magnitude"),
         (("--no-propagate", "--method", "wanda"), "--no-propagate: has no effect on wanda"),
