@@ -364,6 +364,8 @@ def _plan(
     )
     if distillation_steps(settings, config):
         line += "; distillation holds the dense blocks too"
+    if settings.rounds > 1:
+        line += "; rounds before the last hold them too"
     return line
 
 
