@@ -105,14 +105,14 @@ def units(settings: PruneSettings, config: LlamaConfig) -> int:
     """Units of progress of a run: generated text, curvature, every block, chunks of descents."""
     last = math.ceil(distillation_steps(settings, config) / Descent.chunk_size)
     blocks = _block_units(settings, config) * config.num_hidden_layers
-    return (settings.generated > 0) + _plan_units(settings, config) + blocks + last
+    return (
+        (settings.generated > 0) + _units_before(settings.rounds, settings, config) + blocks + last
+    )
 
 
-def _plan_units(settings: PruneSettings, config: LlamaConfig) -> int:
-    """Before the first block of the last round: curvatures, and blocks of earlier rounds."""
-    if not settings.needs_curvature:
-        return 0
-    return settings.rounds + (settings.rounds - 1) * config.num_hidden_layers
+def _units_before(number: int, settings: PruneSettings, config: LlamaConfig) -> int:
+    """Before the blocks of a round: its curvature, and all of earlier rounds."""
+    return number + (number - 1) * config.num_hidden_layers if settings.needs_curvature else 0
 
 
 def _block_units(settings: PruneSettings, config: LlamaConfig) -> int:
@@ -230,22 +230,21 @@ def _prune_blocks(
 ) -> Iterator[PrunedBlock]:
     """``prune_model`` without distillation; masks are found on the first ``for_masks`` windows."""
     plan = _plan(model, tokens, for_masks, heldout, settings, run, report)
-    before = _plan_units(settings, model.config)
-    yield from _through_blocks(model, tokens, plan, heldout, settings, run, "", before, report)
+    yield from _round(model, tokens, plan, heldout, settings, run, report)
 
 
-def _through_blocks(
+def _round(
     model: Llama,
     tokens: np.ndarray,
     plan: _Plan,
     heldout: np.ndarray,
     settings: PruneSettings,
     run: RunFolder,
-    prefix: str,
-    before: int,
     report: Report,
 ) -> Iterator[PrunedBlock]:
-    """One round: every block is a part of the run, ``prefix`` in front of its name."""
+    """Prune all blocks once, each a part of the run."""
+    prefix = "" if plan.number == settings.rounds else f"round-{plan.number}-"
+    before = _units_before(plan.number, settings, model.config)
     streams = Streams.start(model, tokens, heldout, whole=settings.needs_dense_stream)
     each = _block_units(settings, model.config)
     for layer in range(model.config.num_hidden_layers):
@@ -269,11 +268,13 @@ class _Plan(NamedTuple):
     """What is known before the first block is pruned.
 
     Attributes:
+      number: of the round, from 1.
       sparsity: of every matrix, by its name, for each block.
       curvature: of the predictions, where it is needed.
       for_masks: windows that masks are found on.
     """
 
+    number: int
     sparsity: list[dict[str, Sparsity]]
     curvature: Curvature | None
     for_masks: int
@@ -290,52 +291,53 @@ def _plan(
 ) -> _Plan:
     """Take the curvature of the predictions where it is needed, and share out the budget.
 
-    Where there are several rounds, each but the last prunes a model to take the curvature of it
-    too. The mean of all counts: predictions are to stay near on the way, not at one end of it.
+    Rounds before the last are gone through here. Each prunes the dense model to take the curvature
+    of what is left too; the mean of all counts, for predictions are to stay near on the whole way.
+    On SmolLM2-135M, half of all maps, one seed, a second round left 2 % less divergence in twice
+    the time; curvature of the dense model on 64 windows in place of 32, 3 % in a quarter more.
     """
     layers = range(model.config.num_hidden_layers)
     even = [dict.fromkeys(settings.names, settings.sparsity) for _ in layers]
-    if not settings.needs_curvature:
-        return _Plan(even, None, for_masks)
-    # What is finished needs none of it.
-    if all(run.finished(f"block-{layer}") for layer in layers):
-        return _Plan(even, None, for_masks)
+    # What is finished needs no curvature.
+    if not settings.needs_curvature or all(run.finished(f"block-{layer}") for layer in layers):
+        return _Plan(settings.rounds, even, None, for_masks)
     seen = tokens[: min(for_masks, settings.curvature.windows)]
-    key = _key(settings, len(layers) + 1)
+    without_steps = dataclasses.replace(settings, method="gauss-newton", refit=None, distill=None)
 
-    def curvature_of(model: Llama, number: int) -> Curvature:
-        before = number * (1 + len(layers))
-        report(before, "curvature")
-        curvature = prediction_curvature(
-            model,
-            seen,
-            settings.names,
-            jax.random.fold_in(key, number) if number else key,
-            batch=settings.batch,
-            full=settings.curvature.outputs,
-        )
-        jax.block_until_ready(curvature)  # so that its progress is not the first block's
-        report(before + 1, "curvature")
-        return curvature
-
-    def planned(curvature: Curvature) -> _Plan:
+    def planned(number: int, curvature: Curvature) -> _Plan:
         shared = settings.allocate != "matrix"
         sparsity = share_out(model, curvature, settings) if shared else even
-        return _Plan(sparsity, curvature, for_masks)
+        return _Plan(number, sparsity, curvature, for_masks)
 
-    plan = planned(curvature_of(model, 0))
-    closed_form = dataclasses.replace(settings, method="gauss-newton", refit=None, distill=None)
-    for number in range(1, settings.rounds):
+    plan = planned(1, _curvature(model, seen, 1, settings, report))
+    for number in range(2, settings.rounds + 1):
         dense = jax.tree.map(jnp.copy, model.blocks.get_value())
-        prefix, before = f"round-{number}-", number + (number - 1) * len(layers)
-        for _ in _through_blocks(
-            model, tokens[:for_masks], plan, heldout, closed_form, run, prefix, before, report
-        ):
+        for _ in _round(model, tokens[:for_masks], plan, heldout, without_steps, run, report):
             pass
-        curvature, another = plan.curvature, curvature_of(model, number)
+        another = _curvature(model, seen, number, settings, report)
         model.blocks.set_value(dense)
-        plan = planned(jax.tree.map(partial(_nearer, number + 1), curvature, another))
+        plan = planned(number, jax.tree.map(partial(_nearer, number), plan.curvature, another))
     return plan
+
+
+def _curvature(
+    model: Llama, tokens: np.ndarray, number: int, settings: PruneSettings, report: Report
+) -> Curvature:
+    """Curvature of the predictions before a round, by random cotangents of its own."""
+    before = _units_before(number, settings, model.config)
+    report(before - 1, "curvature")
+    key = _key(settings, model.config.num_hidden_layers + 1)
+    curvature = prediction_curvature(
+        model,
+        tokens,
+        settings.names,
+        key if number == 1 else jax.random.fold_in(key, number - 1),
+        batch=settings.batch,
+        full=settings.curvature.outputs,
+    )
+    jax.block_until_ready(curvature)  # so that its progress is not the first block's
+    report(before, "curvature")
+    return curvature
 
 
 def _nearer(count: int, mean: Array, value: Array) -> Array:
@@ -371,7 +373,9 @@ def _prune_block(
                 f"block {layer}: {name} is not finite after pruning; check the weights"
             )
     pruned = dense._replace(**solution.weights)
-    rows = _head_rows(layer, dense, pruned, streams, solution.remarks)
+    # Nobody is told the errors of earlier rounds.
+    last = plan.number == settings.rounds
+    rows = _head_rows(layer, dense, pruned, streams, solution.remarks) if last else []
     work.finish(
         **{name: gather(solution.weights[name].astype(jnp.float32)) for name in settings.names},
         **{f"keep_{name}": gather(solution.keep_masks[name]) for name in settings.names},
@@ -458,7 +462,8 @@ def _distill(
     """
     name, names = "distillation", settings.names
     blocks_done = _block_units(settings, model.config) * model.config.num_hidden_layers
-    work = Work(run, name, _plan_units(settings, model.config) + blocks_done, report)
+    before = _units_before(settings.rounds, settings, model.config)
+    work = Work(run, name, before + blocks_done, report)
     work.report(0)
 
     def compute() -> list[dict[str, Any]]:

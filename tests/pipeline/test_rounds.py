@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_llama import CONFIG
+from jaxtyping import Array
+from tiny_llama import CONFIG as ONE_LAYER
 
 from jaxprune.errors import InputError
-from jaxprune.models.llama.modeling import Llama
+from jaxprune.models.llama.modeling import BlockWeights, Llama
 from jaxprune.pipeline import PruneSettings, prune_model, units
 from jaxprune.pipeline import model as pipeline
+from jaxprune.pipeline.curvature import Curvature
 from jaxprune.runs.folder import RunFolder
 from jaxprune.sparsity import Sparsity
 
+CONFIG = replace(ONE_LAYER, num_hidden_layers=2)
 READ = np.asarray(jax.random.randint(jax.random.key(1), (4, 24), 0, CONFIG.vocab_size))
 
 
@@ -30,51 +36,58 @@ def run(folder, settings, progress=lambda where: None, resume=False):
     return model, {layer: masks for layer, masks, _ in blocks}
 
 
-def assert_same(one, other):
-    for a, b in zip(*(jax.tree.leaves(m.blocks.get_value()) for m in (one, other)), strict=True):
-        np.testing.assert_array_equal(a, b)
+def pairs_of(one, other):
+    """Weights of two models."""
+    return zip(*(jax.tree.leaves(m.blocks.get_value()) for m in (one, other)), strict=True)
+
+
+class Taken(NamedTuple):
+    """A curvature: of which weights, with which key, what it was."""
+
+    blocks: BlockWeights
+    key: Array
+    curvature: Curvature
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Every curvature that the pipeline takes."""
+
+    def recorded(model, tokens, names, key, **named):
+        blocks = jax.tree.map(jnp.copy, model.blocks.get_value())
+        curvature = prediction_curvature(model, tokens, names, key, **named)
+        found.append(Taken(blocks, key, curvature))
+        return curvature
+
+    prediction_curvature, found = pipeline.prediction_curvature, []
+    monkeypatch.setattr(pipeline, "prediction_curvature", recorded)
+    return found
 
 
 @pytest.mark.parametrize("allocate", ["matrix", "model"])
-def test_the_last_round_is_one_on_the_mean_curvature(tmp_path, monkeypatch, allocate):
-    found, seen = [], []
-
-    def recorded(model, *arguments, **named):
-        seen.append(jax.tree.map(jnp.copy, model.blocks.get_value()))
-        found.append(curvature(model, *arguments, **named))
-        return found[-1]
-
-    curvature = pipeline.prediction_curvature
-    monkeypatch.setattr(pipeline, "prediction_curvature", recorded)
+def test_the_last_round_is_one_on_the_mean_curvature(tmp_path, monkeypatch, taken, allocate):
     three, _ = run(tmp_path / "three", settings_of(rounds=3, allocate=allocate))
     dense = Llama(CONFIG, key=jax.random.key(0)).blocks.get_value()
-    zeros = [float(jnp.mean(blocks.w_up == 0)) for blocks in seen]
-    np.testing.assert_array_equal(seen[0].w_up, dense.w_up)
+    seen = [each.blocks.w_up for each in taken]
+    zeros = [float(jnp.mean(w_up == 0)) for w_up in seen]
+    np.testing.assert_array_equal(seen[0], dense.w_up)
     assert zeros[0] == 0 < min(zeros[1:])
-    assert (seen[1].w_up != seen[2].w_up).any()
+    assert (seen[1] != seen[2]).any()
 
-    mean = jax.tree.map(lambda *values: sum(values) / 3, *found)
+    mean = jax.tree.map(lambda *values: sum(values) / 3, *(each.curvature for each in taken))
     monkeypatch.setattr(pipeline, "prediction_curvature", lambda *a, **k: mean)
     one, _ = run(tmp_path / "one", settings_of(allocate=allocate))
-    for a, b in zip(*(jax.tree.leaves(m.blocks.get_value()) for m in (three, one)), strict=True):
+    for a, b in pairs_of(three, one):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 
 
-def test_a_round_takes_fresh_cotangents(tmp_path, monkeypatch):
-    keys = []
-
-    def recorded(model, tokens, names, key, **named):
-        keys.append(tuple(np.asarray(jax.random.key_data(key))))
-        return curvature(model, tokens, names, key, **named)
-
-    curvature = pipeline.prediction_curvature
-    monkeypatch.setattr(pipeline, "prediction_curvature", recorded)
+def test_a_round_takes_fresh_cotangents(tmp_path, taken):
     run(tmp_path / "run", settings_of(rounds=3))
-    assert len(set(keys)) == 3
+    assert len({tuple(np.asarray(jax.random.key_data(each.key))) for each in taken}) == 3
 
 
-# Curvature and the block; the other curvature.
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
+# Curvature and both blocks; the other curvature, the first block again.
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop_after):
     settings, places = settings_of(rounds=2), []
     whole, masks = run(tmp_path / "whole", settings, lambda where: places.append(where.done))
@@ -88,7 +101,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop_after):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", settings, stop)
     again, same = run(tmp_path / "cut", settings, resume=True)
-    assert_same(whole, again)
+    for a, b in pairs_of(whole, again):
+        np.testing.assert_array_equal(a, b)
     for layer, kept in masks.items():
         for name, mask in kept.items():
             np.testing.assert_array_equal(mask, same[layer][name])
