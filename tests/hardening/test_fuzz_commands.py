@@ -176,6 +176,7 @@ CHOICES = {
     "push": ["me/small", "small", "a/b/c", "me/..", "mé/x", "me/x.git"],
 }
 USUAL = ["method", "targets", "sparsity", "allocate", "distill", "push", "start", "steps", "lowest"]
+USUAL += ["rounds"]
 SWITCH = st.sampled_from([False, False, True])
 
 
@@ -188,6 +189,10 @@ def wrong(given, switches):
     descends, shared = get["method"] == "descent", get["allocate"] != "matrix"
     looks = descends or get["method"] == "gauss-newton" or "refit" in switches
     low, high = float(get["lowest"]), float(get["highest"])
+    from_closed_form = get["method"] == "gauss-newton" or (
+        descends and get["start"] == "gauss-newton"
+    )
+    closes_all = from_closed_form and get["targets"] == "all"
     return any(
         [
             {"refit", "no-refit"} <= switches,
@@ -201,13 +206,14 @@ def wrong(given, switches):
             low > high,
             shared and not low <= ratio <= high,
             not shared and (low, high) != (0, 0.95),
+            get["rounds"] == "2" and not closes_all,
         ]
     )
 
 
 DEFAULTS = {
     **{"method": "descent", "targets": "qk", "sparsity": "0.5", "start": "gauss-newton"},
-    **{"allocate": "matrix", "lowest": "0", "highest": "0.95", "distill": ""},
+    **{"allocate": "matrix", "lowest": "0", "highest": "0.95", "distill": "", "rounds": "1"},
 }
 GOOD = {
     "method": METHODS,
@@ -267,6 +273,8 @@ FLAGS_AND_SWITCHES = given(
 @cases(40)
 @FLAGS_AND_SWITCHES
 @example(flags={"push": "me/small", "method": "obs"}, switches=set())
+@example(flags={"rounds": "2"}, switches=set())
+@example(flags={"rounds": "2", "targets": "all"}, switches=set())
 def test_combinations_of_flags(reached, flags, switches):
     check_combination(reached, flags, switches)
 
