@@ -39,10 +39,9 @@ from jaxprune.objective import mask_loss
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.configuration import Group
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns
+from jaxprune.runs.metrics import Columns, write_table
 from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
-from jaxprune.storage import replacing
 
 LOGITS_STD = 2.0
 # Accuracies ε as fractions of L(M_0) − ξ.
@@ -623,8 +622,7 @@ def report_on(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
     ):
         plotting.save(draw(metrics), figures, name)
     table = summary(metrics)
-    with replacing(folder / "summary.csv") as partial_file:
-        table.to_csv(partial_file, index=False)
+    write_table(table, folder / "summary.csv")
     text = (
         "## Theorem 5.2 on runs of Algorithm 1\n\nMedians over heads. `lemma_held`: heads whose "
         "descent lemma held at every step. `used`, `bound`: updates to come within "

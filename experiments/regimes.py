@@ -48,7 +48,7 @@ from jaxprune.evaluation.synthetic import HeadKeys, RandomHead, random_head
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.configuration import flat
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns
+from jaxprune.runs.metrics import Columns, write_table
 from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
 
@@ -310,7 +310,9 @@ def panel(cell: Axes, here: pd.DataFrame, measure: str) -> plt.cm.ScalarMappable
 def report(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
     """Figure and table."""
     plotting.save(draw(metrics), figures, "regimes")
-    return ratios_of(metrics).to_markdown(index=False, floatfmt=".3g") + "\n"
+    table = ratios_of(metrics)
+    write_table(table, folder / "summary.csv")
+    return table.to_markdown(index=False, floatfmt=".3g") + "\n"
 
 
 def prepare(config: Config) -> Experiment:

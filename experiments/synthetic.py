@@ -43,10 +43,9 @@ from jaxprune.evaluation.synthetic import HeadKeys, RandomHead, random_head
 from jaxprune.methods.fused import DECAYS
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns
+from jaxprune.runs.metrics import Columns, write_table
 from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
-from jaxprune.storage import replacing
 
 HELDOUT_SEQUENCES = 8
 SHOWN = (ALGORITHM1, *METHODS)
@@ -376,8 +375,7 @@ def report(metrics: pd.DataFrame, run_folder: Path, figures: Path) -> str:
         ("summary", "Equal ratio: relative error, mean and standard error", summary(metrics)),
         ("equal_storage", "Equal stored weights: held-out error", equal_storage(metrics)),
     ):
-        with replacing(run_folder / f"{name}.csv") as partial_file:
-            table.to_csv(partial_file, index=False)
+        write_table(table, run_folder / f"{name}.csv")
         shown = table.to_markdown(index=False, floatfmt=".4g") if len(table) else "(none match)"
         text.append(f"## {title}\n\n{shown}\n")
     return "\n".join(text)

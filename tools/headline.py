@@ -65,6 +65,11 @@ FIGURE2 = Columns(
 )
 FIGURE3 = Columns(("ratio", "heldout", "heldout_p10", "heldout_p90"), texts=("method",))
 FUSED = Columns(("ratio", "perplexity"), texts=("method", "corpus"))
+REGIMES = Columns(
+    ("logits_std", "tokens_per_entry", "gap", "calibration", "heldout"),
+    texts=("data",),
+    sparse=("closed_form",),
+)
 REAL_SETTINGS = {"eval_windows": int, "eval_seqlen": int, "heldout": int}
 # Part of the dense perplexity below which what Wanda adds is not compared with.
 _SOMETHING = 0.01
@@ -118,7 +123,8 @@ def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) ->
     metrics = read_metrics(run, table=record_of(run))
     if (patterns or brief) and "row" not in metrics:
         raise InputError(f"{'rows' if patterns else 'brief'}: only of a run of real.py")
-    for columns, shown_by in ((FIGURE2, figure2), (FIGURE3, figure3), (FUSED, fused)):
+    experiments = (FIGURE2, figure2), (FIGURE3, figure3), (FUSED, fused), (REGIMES, regimes)
+    for columns, shown_by in experiments:
         if {*columns.numbers, *columns.texts} <= set(metrics):
             columns.check(metrics, f"{run / record_of(run)}")
             return shown_by(metrics)
@@ -169,6 +175,22 @@ def figure3(summary: pd.DataFrame) -> str:
 def fused(metrics: pd.DataFrame) -> str:
     """Perplexities of fused_perplexity.py, a column for each ratio."""
     return _by_method(metrics, lambda row: (f"{row['ratio']:g}", f"{row['perplexity']:.2f}"))
+
+
+def regimes(summary: pd.DataFrame) -> str:
+    """Ratios of errors of regimes.py, least and greatest over the scales of the logits."""
+    titles = {
+        "gap": "Algorithm 1: fresh / calibration",
+        "calibration": "Algorithm 1 / magnitude, calibration",
+        "heldout": "Algorithm 1 / magnitude, fresh",
+        "closed_form": "closed form / magnitude, fresh",
+    }
+    lines = []
+    for (data, tokens), here in summary.groupby(["data", "tokens_per_entry"], sort=False):
+        ends = {title: (here[name].min(), here[name].max()) for name, title in titles.items()}
+        spans = {title: f"{low:.2g} to {high:.2g}" for title, (low, high) in ends.items()}
+        lines.append({"data": str(data), "tokens per mask entry": f"{tokens:g}", **spans})
+    return _markdown(lines)
 
 
 def _by_method(metrics: pd.DataFrame, cell: Callable[[pd.Series], tuple[str, str]]) -> str:

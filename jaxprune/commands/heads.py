@@ -51,10 +51,10 @@ from jaxprune.models.llama.checkpoint import context_note
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.configuration import Group, flat
 from jaxprune.runs.folder import RunFolder
-from jaxprune.runs.metrics import Columns
+from jaxprune.runs.metrics import Columns, write_table
 from jaxprune.runs.script import Experiment, notice, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
-from jaxprune.storage import read_arrays, replacing, write_arrays, write_json
+from jaxprune.storage import read_arrays, write_arrays, write_json
 
 SHOWN = (ALGORITHM1, *METHODS)
 # Those of version 0.1.
@@ -540,8 +540,7 @@ def report(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
         plotting.save(draw_example(arrays), figures, "figure1")
     heads, storage = summary(metrics), equal_storage(metrics)
     for name, table in (("summary", heads), ("equal_storage", storage)):
-        with replacing(folder / f"{name}.csv") as partial_file:
-            table.to_csv(partial_file, index=False)
+        write_table(table, folder / f"{name}.csv")
     named = [c for c in heads if "best" in c or "worst" in c]
     text = []
     for title, table in (

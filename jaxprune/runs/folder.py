@@ -29,7 +29,7 @@ import pandas as pd
 
 from jaxprune.errors import InputError
 from jaxprune.runs.configuration import configuration, differing, flat
-from jaxprune.runs.metrics import Columns, read_metrics
+from jaxprune.runs.metrics import Columns, read_metrics, write_table
 from jaxprune.sharding import broadcast_flag, is_writer, on_process_zero
 from jaxprune.storage import (
     check_writable,
@@ -37,7 +37,6 @@ from jaxprune.storage import (
     read_arrays,
     read_json,
     remove_partial_files,
-    replacing,
     work_folder,
     write_json,
 )
@@ -316,8 +315,7 @@ class RunFolder:
         """
         if columns is not None:
             columns.check(pd.DataFrame(rows), f"{self._parts}")
-        with replacing(self.path / "metrics.csv") as partial:
-            pd.DataFrame(rows).to_csv(partial, index=False)
+        write_table(pd.DataFrame(rows), self.path / "metrics.csv")
         return read_metrics(self.path)
 
 

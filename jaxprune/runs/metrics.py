@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from jaxprune.errors import InputError
+from jaxprune.storage import replacing
 
 
 class Columns(NamedTuple):
@@ -82,6 +83,12 @@ def read_metrics(
     else:
         _check_present(metrics, columns, f"{file}")
     return metrics
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """A table as CSV without its index, whole or not at all."""
+    with replacing(file) as partial:
+        table.to_csv(partial, index=False)
 
 
 @contextlib.contextmanager

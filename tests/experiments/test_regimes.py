@@ -63,7 +63,7 @@ def test_the_map_shows_geometric_means_of_error_ratios(regimes):
     np.testing.assert_allclose(table[["calibration", "heldout", "gap"]], [[1.0, 1.0, 2.0]])
 
 
-def test_the_map_has_the_closed_form_where_the_metrics_have_it(regimes):
+def test_the_map_has_the_closed_form_where_the_metrics_have_it(regimes, tmp_path):
     rows = [
         ("isotropic", std, 0.5, method, 0, error, error)
         for std in (1.0, 2.0)
@@ -73,6 +73,8 @@ def test_the_map_has_the_closed_form_where_the_metrics_have_it(regimes):
     frame = pd.DataFrame(rows, columns=[*columns, "calibration_error", "heldout_error"])
     np.testing.assert_allclose(regimes.ratios_of(frame)["closed_form"], 0.25)
     assert len(regimes.draw(frame).axes) == 5
+    regimes.report(frame, tmp_path, tmp_path)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "summary.csv"), regimes.ratios_of(frame))
     # A run begun by version 0.1 and gone on with, and one that ended there.
     closed = frame["method"] == "gauss_newton"
     begun = frame[~(closed & (frame["logits_std"] == 1.0))]

@@ -252,6 +252,21 @@ def test_fused_perplexities_are_written_from_the_metrics(headline, tmp_path):
         headline.table_of(run, brief=True)
 
 
+def test_regimes_are_written_with_the_ends_of_each_ratio(headline, tmp_path):
+    at = {"data": "isotropic", "tokens_per_entry": 0.125, "heldout": 1.04}
+    rows = [
+        at | {"logits_std": std, "gap": gap, "calibration": 0.123, "closed_form": closed}
+        for std, gap, closed in ((1.0, 24.4, 0.5), (2.0, 0.9375, 0.25), (4.0, 3.0, 2.0))
+    ]
+    rows.append(rows[0] | {"data": "real heads"})
+    header, _, *lines = cells_of(headline.table_of(saved_run(tmp_path / "r", "summary.csv", rows)))
+    assert len(header) == 6
+    assert lines == [
+        ["isotropic", "0.125", "0.94 to 24", "0.12 to 0.12", "1 to 1", "0.25 to 2"],
+        ["real heads", "0.125", "24 to 24", "0.12 to 0.12", "1 to 1", "0.5 to 0.5"],
+    ]
+
+
 def test_the_pages_with_tables_are_these():
     assert {page.values[0].name for page in WRITTEN} == {"README.md", "results.md", "choosing.md"}
 
