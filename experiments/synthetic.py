@@ -34,6 +34,7 @@ from jaxprune.errors import InputError
 from jaxprune.evaluation.comparison import (
     ALGORITHM1,
     METHODS,
+    ON_PROJECTIONS,
     FusedProblem,
     Outcome,
     compare,
@@ -275,8 +276,8 @@ def summary(metrics: pd.DataFrame) -> pd.DataFrame:
 def equal_storage(metrics: pd.DataFrame, tolerance: float = 0.03) -> pd.DataFrame:
     """Held-out errors of fused and separate pruning that store the same number of weights.
 
-    Each ratio of Wanda and SparseGPT on W_Q, W_K is set beside the fused ratio whose number of
-    stored weights is nearest, where one is within ``tolerance``.
+    Each ratio of the baselines on W_Q, W_K is set beside the fused ratio whose number of stored
+    weights is nearest, where one is within ``tolerance``.
     """
     chosen = choose_lambda(metrics)
     chosen = chosen[chosen["n"] == nearest(chosen["n"].unique(), 128)]
@@ -293,7 +294,7 @@ def equal_storage(metrics: pd.DataFrame, tolerance: float = 0.03) -> pd.DataFram
             distance = (fused["stored_weights"] - stored).abs() / max(stored, 1)
             if distance.min() > tolerance:
                 continue
-            at = {"wanda": ratio, "sparsegpt": ratio}
+            at = dict.fromkeys(ON_PROJECTIONS, ratio)
             errors = {
                 method: here[
                     (here["method"] == method)

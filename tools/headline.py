@@ -57,14 +57,18 @@ PARTS = Columns((*COLUMNS.numbers, "seconds", "peak_memory"), (*COLUMNS.texts, "
 SETTINGS = {"model": str, "calibration": str, "windows": int, "seqlen": int, "seeds": int}
 OPTIONAL = {"text": str | None, "steps": int | None}
 PRUNED = {"qk": "`W_Q` and `W_K`", "all": "All linear maps"}
-# Where a run's means over seeds or heads are, of which a page shows some.
-SUMMARY = "summary.csv"
+# Files that tables are written from, the first that there is: a run's means over seeds or heads, of
+# which a page shows some, its metrics, and by --record what synthetic.py compares at equal storage.
+RECORDS = ("summary.csv", "metrics.csv", "equal_storage.csv")
 FIGURE2 = Columns(
     ("exponent", "k", "calibration", "calibration_se", "heldout", "heldout_se"),
     texts=("setting", "method"),
 )
 FIGURE3 = Columns(("ratio", "heldout", "heldout_p10", "heldout_p90"), texts=("method",))
 FUSED = Columns(("ratio", "perplexity"), texts=("method", "corpus"))
+STORAGE = Columns(
+    ("exponent", "k", "stored_weights", "separate_ratio", "fused_ratio"), texts=("setting",)
+)
 REGIMES = Columns(
     ("logits_std", "tokens_per_entry", "gap", "calibration", "heldout"),
     texts=("data",),
@@ -90,6 +94,8 @@ class Config:
     """file with the markers"""
     saved: Maybe[Path] = None
     """where metrics and settings are kept, named as the markers are; if left out, --run in docs"""
+    record: Maybe[str] = None
+    """file of the run that the table is written from; if left out, its summary or its metrics"""
     rows: Several[str] = ()
     """rows of a run of real.py by name or pattern, such as 'all-0.5-*'; if left out, all"""
     brief: Flag = False
@@ -110,7 +116,9 @@ def settings_of(run: Path, also: Mapping[str, type]) -> dict[str, Any]:
     return settings
 
 
-def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) -> str:
+def table_of(
+    run: Path, patterns: Sequence[str] = (), *, brief: bool = False, record: str | None = None
+) -> str:
     """The table of a run, by the columns of its metrics.
 
     Metrics without methods, such as those of another program, are shown as they are.
@@ -119,14 +127,15 @@ def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) ->
       run: its folder.
       patterns: of the rows of a run of real.py.
       brief: few columns and one sentence, of a run of real.py.
+      record: file of the run; see ``record_of``.
     """
-    metrics = read_metrics(run, table=record_of(run))
+    record = record_of(run, record)
+    metrics = read_metrics(run, table=record)
     if (patterns or brief) and "row" not in metrics:
         raise InputError(f"{'rows' if patterns else 'brief'}: only of a run of real.py")
-    experiments = (FIGURE2, figure2), (FIGURE3, figure3), (FUSED, fused), (REGIMES, regimes)
-    for columns, shown_by in experiments:
+    for columns, shown_by in EXPERIMENTS:
         if {*columns.numbers, *columns.texts} <= set(metrics):
-            columns.check(metrics, f"{run / record_of(run)}")
+            columns.check(metrics, f"{run / record}")
             return shown_by(metrics)
     if "variant" in metrics:
         COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
@@ -146,9 +155,10 @@ def table_of(run: Path, patterns: Sequence[str] = (), *, brief: bool = False) ->
     return real_table(shown, settings, read_json(run / "environment.json"))
 
 
-def record_of(run: Path) -> str:
-    """The file of a run that its page is written from."""
-    return SUMMARY if (run / SUMMARY).is_file() else "metrics.csv"
+def record_of(run: Path, wanted: str | None = None) -> str:
+    """The file of a run that its page is written from: the one wanted, or that which is there."""
+    there = [name for name in RECORDS if (run / name).is_file()]
+    return wanted or (there or ["metrics.csv"])[0]
 
 
 def figure2(summary: pd.DataFrame) -> str:
@@ -190,6 +200,29 @@ def regimes(summary: pd.DataFrame) -> str:
         ends = {title: (here[name].min(), here[name].max()) for name, title in titles.items()}
         spans = {title: f"{low:.2g} to {high:.2g}" for title, (low, high) in ends.items()}
         lines.append({"data": str(data), "tokens per mask entry": f"{tokens:g}", **spans})
+    return _markdown(lines)
+
+
+def equal_storage(table: pd.DataFrame) -> str:
+    """Where a fused mask removes more than masks on the projections, from synthetic.py."""
+    methods = [name for name in table if name in plotting.STYLES]
+    lines = []
+    for _, row in table[table["fused_ratio"] > table["separate_ratio"]].iterrows():
+        exponent = f", exponent {row['exponent']:g}" * bool(row["exponent"])
+        least = row[methods].astype(float).idxmin()
+        errors = {
+            _named(name): f"**{row[name]:.3g}**" if name == least else f"{row[name]:.3g}"
+            for name in methods
+        }
+        lines.append(
+            {
+                "activations and weights": f"`{row['setting']}`{exponent}",
+                "weights": f"{row['stored_weights']}",
+                "removed of `W_Q`, `W_K`": f"{row['separate_ratio']:g}",
+                "of the fused": f"{row['fused_ratio']:g}",
+                **errors,
+            }
+        )
     return _markdown(lines)
 
 
@@ -334,6 +367,15 @@ def _protocol(metrics: pd.DataFrame, config: dict[str, Any], more: str = "") -> 
     )
 
 
+EXPERIMENTS = (
+    (FIGURE2, figure2),
+    (FIGURE3, figure3),
+    (FUSED, fused),
+    (REGIMES, regimes),
+    (STORAGE, equal_storage),
+)
+
+
 def markers(name: str, options: str = "") -> tuple[str, str]:
     """Lines of a page that a table stands between; the first says which rows it has."""
     chosen = f" {options}" if options else ""
@@ -362,7 +404,7 @@ def replaced(page: str, text: str, name: str, file: Path, options: str = "") -> 
 def body(config: Config) -> None:
     """Read, print, write."""
     with drawing_again(config.run):
-        text = table_of(config.run, config.rows, brief=config.brief)
+        text = table_of(config.run, config.rows, brief=config.brief, record=config.record)
     print(text)
     if not config.write:
         return
@@ -375,7 +417,7 @@ def body(config: Config) -> None:
         raise InputError(f"--page {config.page}: not text in UTF-8") from None
     options = options_of(config.rows, brief=config.brief)
     page = replaced(page, text, saved.name, config.page, options)
-    keep_record(config.run, saved, "saved", metrics=record_of(config.run))
+    keep_record(config.run, saved, "saved", metrics=record_of(config.run, config.record))
     with replacing(config.page) as partial:
         partial.write_text(page, encoding="utf-8")
 

@@ -107,6 +107,30 @@ def test_equal_storage_sets_side_by_side_what_stores_the_same(finished):
         np.testing.assert_allclose(row[method], expected)
 
 
+def test_at_equal_storage_every_baseline_has_the_ratio_of_its_projections(synthetic):
+    """2 · 16 · 4 weights less half are 64; of the fused 256 a quarter."""
+    stored = {
+        ratio: {"projections": 128 * (1 - ratio), "fused": 256 * (1 - ratio)}
+        for ratio in (0.5, 0.75)
+    }
+    kinds = dict.fromkeys(("wanda", "sparsegpt", "admm", "magnitude"), "projections")
+    kinds |= dict.fromkeys(("algorithm1", "descent"), "fused")
+    metrics = pd.DataFrame(
+        {
+            **{"setting": "soft", "exponent": 0.0, "k": 4, "n": 128, "seed": 0},
+            **{"method": method, "ratio": ratio, "stored_weights": stored[ratio][kind]},
+            **{"calibration_error": ratio, "heldout_error": ratio},
+        }
+        for method, kind in kinds.items()
+        for ratio in stored
+    )
+    (row,) = synthetic.equal_storage(metrics).to_dict("records")
+    assert (row["separate_ratio"], row["fused_ratio"], row["stored_weights"]) == (0.5, 0.75, 64)
+    assert {m: row[m] for m in kinds} == {
+        m: {"projections": 0.5, "fused": 0.75}[kind] for m, kind in kinds.items()
+    }
+
+
 def test_metrics_without_the_methods_of_later_versions_are_drawn(synthetic, finished, tmp_path):
     metrics = pd.read_csv(finished / "metrics.csv")
     old = metrics[~metrics["method"].isin(["magnitude", "admm", "gauss_newton"])]

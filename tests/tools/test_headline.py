@@ -267,6 +267,31 @@ def test_regimes_are_written_with_the_ends_of_each_ratio(headline, tmp_path):
     ]
 
 
+def test_equal_storage_shows_where_a_fused_mask_removes_more(headline, tmp_path):
+    row = {"setting": "unit_variance", "exponent": 0.0, "k": 16, "stored_weights": 1024}
+    row |= {"separate_ratio": 0.5, "fused_ratio": 0.75, "algorithm1": 1.25, "wanda": 0.83123}
+    other = row | {"setting": "correlated", "exponent": 2.0, "wanda": 1.5}
+    rows = [row, other, row | {"fused_ratio": 0.25}]
+    run = saved_run(tmp_path / "synthetic", "equal_storage.csv", rows)
+    header, _, *lines = cells_of(headline.table_of(run))
+    assert header[4:] == ["Algorithm 1", "Wanda on `W_Q`, `W_K`"]
+    assert lines == [
+        ["`unit_variance`", "1024", "0.5", "0.75", "1.25", "**0.831**"],
+        ["`correlated`, exponent 2", "1024", "0.5", "0.75", "**1.25**", "1.5"],
+    ]
+
+
+def test_another_file_of_a_run_is_shown_and_kept_where_it_is_asked_for(headline, tmp_path):
+    run = saved_run(tmp_path / "run", "metrics.csv", [{"a": 1}])
+    pd.DataFrame([{"b": 2}]).to_csv(run / "other.csv", index=False)
+    assert cells_of(headline.table_of(run, record="other.csv"))[0] == ["b"]
+    page, saved = tmp_path / "page.md", tmp_path / "docs" / "other"
+    page.write_text("{}\n{}\n".format(*headline.markers("other")))
+    assert headline.main([*flags(run, page, saved), "--record", "other.csv"]) == 0
+    assert (saved / "other.csv").is_file()
+    assert not (saved / "metrics.csv").exists()
+
+
 def test_the_pages_with_tables_are_these():
     assert {page.values[0].name for page in WRITTEN} == {"README.md", "results.md", "choosing.md"}
 
