@@ -225,7 +225,9 @@ def _plain_ticks(axis: Axis, limits: tuple[float, float]) -> None:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers between two, fewer in every decade where there are several."""
-    digits = (1, 1.5, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5)
+    digits: Sequence[float] = (1, 1.5, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5)
+    if high < 2.5 * low:
+        digits = range(1, 10)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     numbers = [digit * 10.0**decade for decade in decades for digit in digits]
     return [number for number in numbers if low <= number <= high]

@@ -85,6 +85,13 @@ def test_an_interrupted_table_goes_on_and_is_drawn_again(
     assert list(pd.read_csv(out / "metrics.csv")["row"]) == ["none-0-dense", "qk-0.5-wanda"]
 
 
+@pytest.mark.parametrize(("low", "high"), [(50.0, 85.0), (0.2, 3.0), (49.0, 120.0), (7.0, 40.0)])
+def test_an_axis_of_costs_has_round_numbers_wherever_it_lies(real, low, high):
+    ticks = real.rows._ticks(low, high)
+    assert 3 <= len(ticks) <= 8
+    assert all(low <= tick <= high for tick in ticks)
+
+
 def test_magnitude_is_in_the_figure_of_cost_only_by_itself(real):
     metrics = pd.read_csv(REPOSITORY / "docs" / "smollm2" / "metrics.csv")
     dense, worst = (metrics["method"] == name for name in ("dense", "magnitude"))
