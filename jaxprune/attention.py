@@ -29,8 +29,9 @@ def accumulation_dtype(*arrays: Array) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-# One matrix at a time: on a CPU, batches of two independent decompositions share the threads of
-# one pool and may wait for each other for ever (jaxlib 0.10).
+# One matrix at a time: on a CPU, batches of two independent decompositions or solves share the
+# threads of one pool and may wait for each other for ever (jaxlib 0.10). Nothing else in the
+# package calls those of JAX.
 @jax.custom_batching.sequential_vmap
 def cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     """Lower triangular ``L`` with ``A = L Lᵀ``; not finite where there is none."""
@@ -42,6 +43,31 @@ def eigh(matrix: Float[Array, "d d"]) -> tuple[Float[Array, " d"], Float[Array, 
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=True)
     return values, vectors
+
+
+@jax.custom_batching.sequential_vmap
+def qr(matrix: Float[Array, "n d"]) -> tuple[Float[Array, "n r"], Float[Array, "r d"]]:
+    """``Q`` with orthonormal columns and upper triangular ``R``, ``A = Q R``."""
+    q, r = jnp.linalg.qr(matrix)
+    return q, r
+
+
+def triangular_solve(
+    triangle: Float[Array, "d d"],
+    b: Float[Array, "d s"],
+    *,
+    lower: bool,
+    transpose: bool = False,
+) -> Float[Array, "d s"]:
+    """``T⁻¹ B``, or ``T⁻ᵀ B``, of a lower or an upper triangle."""
+
+    @jax.custom_batching.sequential_vmap
+    def solve(triangle: Array, b: Array) -> Array:
+        return lax.linalg.triangular_solve(
+            triangle, b, left_side=True, lower=lower, transpose_a=transpose
+        )
+
+    return solve(triangle, b)
 
 
 def contract(equation: str, *arrays: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from jaxprune.attention import accumulation_dtype, cholesky, contract
+from jaxprune.attention import accumulation_dtype, cholesky, contract, triangular_solve
 from jaxprune.baselines.linear import PrunedLinear, check_linear
 from jaxprune.baselines.registry import Baseline, register
 from jaxprune.errors import InputError
@@ -112,7 +112,7 @@ def _upper_factor_of_inverse(h: Float[Array, "d d"], damping: Float[Array, ""]) 
     def attempt(damping: Array) -> Array:
         damped = h + damping * mean_diagonal * identity
         r = cholesky(damped[::-1, ::-1])[::-1, ::-1]
-        return lax.linalg.triangular_solve(r, identity, left_side=True, lower=False)
+        return triangular_solve(r, identity, lower=False)
 
     def failed(state: _Factor) -> Array:
         return ~jnp.isfinite(state.u).all() & (state.raised < _MAX_RAISES)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from jaxprune.attention import accumulation_dtype, check_fused
+from jaxprune.attention import accumulation_dtype, check_fused, eigh
 from jaxprune.errors import InputError
 
 Vector = Float[Array, " p"]
@@ -204,7 +204,7 @@ def _top_of(matrix: Float[Array, "3 3"], alive: Array) -> Float[Array, " 3"]:
     size = jnp.max(jnp.abs(matrix))
     # A dead direction is a zero vector: it gets an eigenvalue that is below all others.
     scaled = matrix / jnp.where(size > 0, size, 1) - jnp.diag(jnp.where(alive, 0.0, 10.0))
-    return jnp.linalg.eigh(scaled.astype(matrix.dtype))[1][:, -1]
+    return eigh(scaled.astype(matrix.dtype))[1][:, -1]
 
 
 def certified_lipschitz(

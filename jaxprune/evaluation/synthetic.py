@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from jaxprune.attention import qr
 from jaxprune.evaluation.comparison import FusedProblem
 
 
@@ -73,7 +74,7 @@ def random_head(keys: HeadKeys, head: RandomHead) -> FusedProblem:
     if keys.rotation is not None:
         eigenvalues = jnp.arange(1, d + 1.0) ** -head.exponent
         deviations = jnp.sqrt(d * eigenvalues / eigenvalues.sum())[:, None]
-        rotation, _ = jnp.linalg.qr(jax.random.normal(keys.rotation, (d, d)))
+        rotation, _ = qr(jax.random.normal(keys.rotation, (d, d)))
         coloured = deviations * rotation.T
         x, heldout = x @ coloured, heldout @ coloured
         wq_seen, wk_seen = (deviations * (rotation.T @ w) for w in (wq, wk))

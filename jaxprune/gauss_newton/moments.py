@@ -47,7 +47,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jaxprune.attention import accumulation_dtype, check_finite, cholesky, contract
+from jaxprune.attention import (
+    accumulation_dtype,
+    check_finite,
+    cholesky,
+    contract,
+    triangular_solve,
+)
 from jaxprune.errors import InputError
 from jaxprune.gauss_newton.admm import unit_diagonal
 from jaxprune.sharding import AXES, over_mesh
@@ -220,12 +226,8 @@ def _leverage_map(a: Float[Array, "d d"], key: Key[Array, ""]) -> Float[Array, "
     unit, _, inverse = unit_diagonal(a, damping)
     d = a.shape[0]
     sketch = random_signs(key, (d, _SKETCH), unit.dtype) if d > _SKETCH else jnp.eye(d)
-    whitened = inverse[:, None] * lax.linalg.triangular_solve(
-        cholesky(unit),
-        sketch.astype(unit.dtype),
-        left_side=True,
-        lower=True,
-        transpose_a=True,
+    whitened = inverse[:, None] * triangular_solve(
+        cholesky(unit), sketch.astype(unit.dtype), lower=True, transpose=True
     )
     total = jnp.sum(whitened * contract("de,es->ds", a, whitened))
     return whitened / jnp.sqrt(jnp.where(total > 0, total, 1))

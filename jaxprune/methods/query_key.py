@@ -21,6 +21,7 @@ from jaxprune.attention import (
     accumulation_dtype,
     check_finite,
     contract,
+    qr,
     row_errors,
 )
 from jaxprune.convergence.theorem import per_step
@@ -464,7 +465,7 @@ def output_maps(
     """
     heads, shared = wo.shape[0], wo.shape[0] // wv.shape[1]
     # W_Oᵀ = Q R, so W_O = Rᵀ Qᵀ.
-    triangles = jax.vmap(lambda w: jnp.linalg.qr(w.T, mode="r").T)(wo)
+    triangles = jax.vmap(lambda w: qr(w.T)[1].T)(wo)
     maps = contract("dhk,hkv->dhv", jnp.repeat(wv, shared, axis=1), triangles)
     centred = x - jnp.mean(x, axis=(0, 1))
     covariance = contract("bnd,bne->de", centred, centred) / (x.shape[0] * x.shape[1])
