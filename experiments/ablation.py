@@ -98,6 +98,11 @@ VARIANTS = {
     "descent": Variant("preset descent", {}),
     # What the closed form measures errors by.
     "closed_form": Variant("closed form alone", _closed()),
+    "predictions": Variant(
+        "closed form on the curvature of the predictions",
+        _closed(metric="predictions"),
+        targets="qk",
+    ),
     "admm": Variant("closed form on what the maps give (ADMM)", {"method": "admm"}),
     "curvature_blocks": Variant(
         "closed form, curvature in blocks of 64 outputs", _blocks(64), targets="all"

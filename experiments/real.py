@@ -56,6 +56,7 @@ class Row(NamedTuple):
     """A row of the table: what is pruned, how, and what kept weights do afterwards.
 
     Attributes:
+      metric: of the closed form, where it is not the usual one.
       generated: windows that the dense model writes, for each one that is read.
       steps: of a descent in every block; the preset's if ``None``.
     """
@@ -66,6 +67,7 @@ class Row(NamedTuple):
     allocate: str = "matrix"
     refit: bool = False
     distilled: bool = False
+    metric: str | None = None
     generated: int = 0
     steps: int | None = None
 
@@ -73,6 +75,7 @@ class Row(NamedTuple):
     def name(self) -> str:
         """What ``--rows`` and the metrics call it."""
         parts = [self.targets, self.sparsity, self.method]
+        parts += [self.metric] if self.metric else []
         parts += [self.allocate] if self.allocate != "matrix" else []
         parts += ["refit"] if self.refit and self.method != "descent" else []
         parts += ["distill"] if self.distilled else []
@@ -102,7 +105,10 @@ def _table() -> dict[str, Row]:
             found += [Row(*where, closed, "model", distilled=True, generated=2)]
         if where in (("qk", "0.7"), ("all", "0.5")):
             found += [Row(*where, m, refit=True) for m in _RETRAINED]
+        if where[0] == "qk":
+            found += [Row(*where, "gauss-newton", metric="predictions")]
         if where == ("qk", "0.7"):
+            found += [Row(*where, "descent", refit=True, metric="predictions")]
             found += [Row(*where, "gauss-newton", generated=1)]
             found += [Row(*where, "descent", refit=True, generated=2)]
     return {row.name: row for row in found}
@@ -115,6 +121,7 @@ BY_NAME = (
     *("all-0.5-wanda-distill", "all-0.5-admm-distill", "all-0.5-sparsegpt-generated"),
     *("all-0.5-admm-generated", "all-0.5-gauss-newton-model-distill-generated"),
     *("qk-0.5-descent", "qk-0.7-*-generated", "all-0.5-gauss-newton-generated"),
+    "qk-*-predictions",
     *("all-0.5-descent-model", "all-0.5-descent-model-generated"),
 )
 
@@ -250,6 +257,7 @@ def settings_of(row: Row, seed: int, config: Config) -> dict[str, Any]:
         "sparsity": row.sparsity,
         "refit": True if row.refit and row.method != "descent" else None,
         "allocate": row.allocate,
+        "metric": row.metric,
         "steps": _steps(row, config),
         "distill": config.distill if row.distilled else 0,
         "generated": _generated(row, config),
@@ -311,6 +319,7 @@ def _labels(row: Row, config: Config) -> dict[str, Any]:
         "allocate": row.allocate,
         "refit": int(row.refit),
         "distill": config.distill if row.distilled else 0,
+        "predictions": int(row.metric == "predictions"),
         "generated": _generated(row, config),
         "steps": _steps(row, config),
     }

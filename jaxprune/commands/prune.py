@@ -92,6 +92,8 @@ class Config:
             "finds the mask itself in many more steps"
         ),
     ] = "gauss-newton"
+    metric: flags.Maybe[Literal["attention", "predictions"]] = None
+    """whose curvature the closed form is on; if left out, qk: attention, all: predictions"""
     allocate: Annotated[
         Literal["matrix", "block", "model"],
         tyro.conf.arg(
@@ -104,7 +106,7 @@ class Config:
     highest: float = 0.95
     """greatest fraction that a matrix loses where a budget is shared"""
     rounds: int = 1
-    """rounds of the closed form of all maps: 2 takes the curvature of a pruned model too"""
+    """rounds of the closed form on predictions: 2 takes the curvature of a pruned model too"""
     propagate: bool = True
     """calibrate on the model pruned so far; else every layer on the dense one"""
     steps: flags.Maybe[int] = None

@@ -27,7 +27,7 @@ COLUMNS = Columns(
         *("calibration_error", "heldout_error", "achieved_sparsity"),
         *("seconds", "peak_memory", "resumed", "calibration_tokens", "row_seconds"),
     ),
-    optional=("generated", "steps"),
+    optional=("predictions", "generated", "steps"),
 )
 """Of the metrics: one row for each pruned model, and one for the dense model."""
 
@@ -112,7 +112,7 @@ def table(metrics: pd.DataFrame, columns: Sequence[str] = tuple(_SHOWN)) -> str:
             one = seeds.iloc[0]
             line = {
                 "sparsity": f"{_TARGETS.get(str(targets), targets)}, {sparsity}",
-                "method": name_of(one["method"]),
+                "method": _method(one),
                 "budget": one["allocate"],
                 "retraining": _retraining(one),
                 "text": "read" + _more_text(one),
@@ -136,8 +136,18 @@ def _cell(seeds: pd.DataFrame, name: str, best: float | None) -> str:
     return f"**{text}**" if best is not None and values.mean() == best else text
 
 
+# Rows of earlier versions do not say what these do.
+def _metric(row: pd.Series) -> str:
+    """What the closed form is on, where that is not the usual."""
+    return "on predictions" if row.get("predictions", 0) > 0 else ""
+
+
+def _method(row: pd.Series) -> str:
+    return ", ".join(filter(None, (name_of(row["method"]), _metric(row))))
+
+
 def _generated(row: pd.Series) -> bool:
-    """Whether windows were generated; rows of earlier versions do not say."""
+    """Whether windows were generated."""
     return bool(row.get("generated", 0) > 0)
 
 
@@ -153,7 +163,8 @@ def _steps(row: pd.Series) -> str:
 def _note(row: pd.Series) -> str:
     """What a marker of the cost figure does not say of a row: its budget, its text."""
     budgets = {"matrix": "", "block": "one budget a block", "model": "one budget"}
-    return ", ".join(filter(None, (budgets[row["allocate"]], "generated" * _generated(row))))
+    notes = (_metric(row), budgets[row["allocate"]], "generated" * _generated(row))
+    return ", ".join(filter(None, notes))
 
 
 def _retraining(row: pd.Series) -> str:
@@ -250,7 +261,7 @@ def draw_gaps(metrics: pd.DataFrame) -> Figure:
             retrained = f"retrained: {_retraining(one)}" if _retraining(one) else ""
             generated = "generated text" * _generated(one)
             notes = [note for note in (shared, retrained, generated) if note]
-            labels.append(name_of(one["method"]) + (f" ({'; '.join(notes)})" if notes else ""))
+            labels.append(_method(one) + (f" ({'; '.join(notes)})" if notes else ""))
         axes.set_yticks(range(len(names)), labels)
         axes.invert_yaxis()
         axes.set_xscale("log")

@@ -192,8 +192,8 @@ def method_in_words(settings: PruneSettings, config: LlamaConfig) -> str:
     if settings.gradual:
         aim = "the attention matrices" if qk else "the output of the block"
         parts = [f"a descent on {aim} from dense weights, under a mask that tightens, {steps}"]
-    elif settings.first == "gauss-newton":
-        curvature = "attention matrices" if qk else "predictions"
+    elif settings.closed_form:
+        curvature = "predictions" if settings.on_predictions else "attention matrices"
         parts = [f"masks and weights in closed form, on the curvature of the {curvature}"]
         if settings.rounds > 1:
             parts[0] += f", taken anew in each of {settings.rounds} rounds"

@@ -63,6 +63,7 @@ class PruneRequest:
     sparsity: str = "0.5"
     refit: bool | None = None
     start: str = "gauss-newton"
+    metric: str | None = None
     allocate: str = "matrix"
     lowest: float = 0.0
     highest: float = 0.95
@@ -100,6 +101,7 @@ class PruneRequest:
             sparsity=Sparsity.parse(self.sparsity),
             refit=self.refit,
             start=self.start,
+            metric=self.metric,
             allocate=self.allocate,
             lowest=self.lowest,
             highest=self.highest,
@@ -193,6 +195,7 @@ def prune_checkpoint(
     sparsity: Any = "0.5",
     refit: bool | None = None,
     start: str = "gauss-newton",
+    metric: str | None = None,
     allocate: str = "matrix",
     lowest: float = 0.0,
     highest: float = 0.95,
@@ -229,11 +232,13 @@ def prune_checkpoint(
       sparsity: of every pruned matrix, ``Sparsity`` or what ``Sparsity.parse`` reads.
       refit: let kept weights adapt block by block; if ``None``, with ``descent`` alone.
       start: of ``descent``: ``gauss-newton`` or ``dense``.
+      metric: whose curvature the closed form is on, ``attention`` or ``predictions``; see
+        ``PruneSettings``.
       allocate: what shares the budget of zeros: each ``matrix`` loses ``sparsity``, or those of a
         ``block``, or of the ``model``, together.
       lowest: least ratio of a matrix where a budget is shared.
       highest: greatest.
-      rounds: of the closed form of ``all``; see ``PruneSettings``.
+      rounds: of the closed form on predictions; see ``PruneSettings``.
       propagate: calibrate on the model as pruned so far.
       steps: of a descent in every block; the preset's if ``None``.
       distill: steps of the distillation at the end; see ``PruneSettings``.
@@ -275,6 +280,7 @@ def prune_checkpoint(
         sparsity=str(sparsity.ratio if ratio else sparsity),
         refit=refit,
         start=start,
+        metric=metric,
         allocate=allocate,
         lowest=lowest,
         highest=highest,

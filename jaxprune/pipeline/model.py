@@ -405,12 +405,14 @@ def _find_masks(
 ) -> Solution:
     """Masks and weights of a block by a method without steps."""
     sparsity = plan.sparsity[layer]
-    if settings.first == "gauss-newton" and settings.targets == "qk":
-        return query_key_closed_form(dense, streams, sparsity, settings, key)
-    if settings.first == "gauss-newton":
+    if settings.on_predictions:
         assert plan.curvature is not None
         curvature = plan.curvature[layer]
+        if settings.targets == "qk" and not settings.propagate:
+            streams = streams._replace(pruned=streams.dense)
         return block_closed_form(dense, streams, curvature, sparsity, settings)
+    if settings.closed_form:
+        return query_key_closed_form(dense, streams, sparsity, settings, key)
     baseline, names = BASELINES[settings.first], settings.names
     # In one dense pass of the block, as the originals do.
     if baseline.moment is None or baseline.prune_from is None:

@@ -15,6 +15,7 @@ from jaxprune.sparsity import Sparsity
 METHODS = (*BASELINES, "gauss-newton", "descent")
 TARGETS = {"qk": ("wq", "wk"), "all": tuple(INPUT_OF)}
 STARTS = ("gauss-newton", "dense")
+METRICS = ("attention", "predictions")
 ALLOCATIONS = ("matrix", "block", "model")
 
 
@@ -47,12 +48,14 @@ class PruneSettings:
         ``descent`` without it keeps their values (``qk``).
       start: what ``descent`` goes on from: the closed form of ``gauss-newton``, whose masks it
         keeps, or the ``dense`` weights under a mask that tightens.
+      metric: whose curvature the closed form is on: that of ``attention`` matrices, for ``qk``
+        alone, or of the model's ``predictions``; if ``None``, the first with ``qk``.
       allocate: matrices lose ``sparsity`` each (``matrix``), or all of a block together
         (``block``), or all of the model (``model``), where they are felt least.
       lowest: least ratio of a matrix under ``allocate``.
       highest: greatest ratio of a matrix.
-      rounds: of the closed form of ``all``: each but the last prunes the dense model so that the
-        curvature of the predictions is taken of what it leaves too.
+      rounds: of the closed form on predictions: each but the last prunes the dense model so that
+        their curvature is taken of what it leaves too.
       propagate: calibrate on the model as pruned so far (``all`` always does).
       steps: of a descent; the preset's if ``None``.
       distill: steps of the distillation at the end, of all kept weights; if ``None``, the
@@ -72,6 +75,7 @@ class PruneSettings:
     sparsity: Sparsity
     refit: bool | None = None
     start: str = "gauss-newton"
+    metric: str | None = None
     allocate: str = "matrix"
     lowest: float = 0.0
     highest: float = 0.95
@@ -104,17 +108,23 @@ class PruneSettings:
     @property
     def needs_curvature(self) -> bool:
         """Whether the curvature of the predictions is taken before anything is pruned."""
-        return self._closed_form_of_all or self.allocate != "matrix"
+        return self.on_predictions or self.allocate != "matrix"
 
     @property
     def needs_dense_stream(self) -> bool:
         """Whether what is done to a block depends on the dense model's activations there."""
-        corrects = self._closed_form_of_all and self.correction > 0
+        corrects = self.on_predictions and self.targets == "all" and self.correction > 0
         return self.refits or self.gradual or not self.propagate or corrects
 
     @property
-    def _closed_form_of_all(self) -> bool:
-        return self.first == "gauss-newton" and self.targets == "all" and not self.gradual
+    def closed_form(self) -> bool:
+        """Whether the closed form finds the masks."""
+        return self.first == "gauss-newton" and not self.gradual
+
+    @property
+    def on_predictions(self) -> bool:
+        """Whether it does on the curvature of the predictions."""
+        return self.closed_form and (self.targets == "all" or self.metric == "predictions")
 
     @property
     def first(self) -> str:
@@ -134,13 +144,14 @@ class PruneSettings:
                 f"lowest {self.lowest:g}, highest {self.highest:g}: expected "
                 "0 <= lowest <= highest <= 1"
             )
+        self._check_metric()
         self._check_allocation()
         if self.rounds < 1:
             raise InputError(f"rounds {self.rounds}: expected 1 or more")
-        if self.rounds > 1 and not self._closed_form_of_all:
+        if self.rounds > 1 and not self.on_predictions:
             raise InputError(
-                f"rounds {self.rounds}: only with targets=all and method=gauss-newton, or descent "
-                "that starts from it; use 1"
+                f"rounds {self.rounds}: only with targets=all or metric=predictions, and "
+                "method=gauss-newton or descent that starts from it; use 1"
             )
         if self.refit is False and (self.method, self.targets) != ("descent", "qk"):
             raise InputError("refit=False: only with method=descent and targets=qk")
@@ -167,6 +178,19 @@ class PruneSettings:
             widths |= {config.num_attention_heads * config.head_dim, config.intermediate_size}
         for width in sorted(widths):
             self.sparsity.check_divides(width)
+
+    def _check_metric(self) -> None:
+        if self.metric is None:
+            return
+        if self.metric not in METRICS:
+            raise InputError(f"metric {shown(self.metric)}: expected {' or '.join(METRICS)}")
+        if not self.closed_form:
+            raise InputError(
+                f"metric {self.metric}: only with method=gauss-newton, or descent that starts "
+                "from it; leave it out"
+            )
+        if self.metric == "attention" and self.targets != "qk":
+            raise InputError("metric attention: only with targets=qk; leave it out")
 
     def _check_allocation(self) -> None:
         if self.allocate not in ALLOCATIONS:

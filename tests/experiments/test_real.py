@@ -162,6 +162,8 @@ def test_every_row_of_the_table_has_settings_that_work(real):
         assert settings.refits == row.refit
         assert settings.distill == (48 if row.distilled else 0)
         assert settings.generated == 64 * row.generated
+        closed = row.method in ("gauss-newton", "descent")
+        assert settings.on_predictions == (closed and (row.targets == "all" or bool(row.metric)))
 
 
 def test_some_rows_come_only_by_name(real):
@@ -178,7 +180,8 @@ def test_some_rows_come_only_by_name(real):
 def test_seeds_are_of_rows_with_chance(real):
     config = real.Config(rows=("qk-0.5-*",), seeds=2)
     cells = [(row.method, seed) for row, seed in real.plan(config)]
-    assert [method for method, seed in cells if seed == 1] == ["gauss-newton", "descent"]
+    drawn = ["gauss-newton", "descent", "gauss-newton"]  # the last on the predictions
+    assert [method for method, seed in cells if seed == 1] == drawn
     assert cells[0] == ("dense", 0)
     assert not real.by_chance(real.DENSE, "c4")
     assert real.by_chance(real.ROWS["qk-0.5-wanda"], "c4")

@@ -160,6 +160,7 @@ CHOICES = {
     "targets": ["qk", "all", "mlp", "wq"],
     "sparsity": ["0.5", "2:4", "0", "1", "0.99", "1.5", "-0.1", "4:2", "0:4", "½", "nan", "half"],
     "start": ["dense", "gauss-newton", "sparse"],
+    "metric": ["attention", "predictions", "both"],
     "allocate": ["matrix", "block", "model", "layer"],
     "lowest": ["0", "0.4", "0.6", "-0.1", "nan"],
     "highest": ["0.95", "0.4", "1", "1.1", "inf"],
@@ -176,7 +177,7 @@ CHOICES = {
     "push": ["me/small", "small", "a/b/c", "me/..", "mé/x", "me/x.git"],
 }
 USUAL = ["method", "targets", "sparsity", "allocate", "distill", "push", "start", "steps", "lowest"]
-USUAL += ["rounds"]
+USUAL += ["rounds", "metric"]
 SWITCH = st.sampled_from([False, False, True])
 
 
@@ -192,7 +193,9 @@ def wrong(given, switches):
     from_closed_form = get["method"] == "gauss-newton" or (
         descends and get["start"] == "gauss-newton"
     )
-    closes_all = from_closed_form and get["targets"] == "all"
+    on_predictions = from_closed_form and "predictions" in (
+        get["metric"] or {"qk": "attention", "all": "predictions"}[get["targets"]]
+    )
     return any(
         [
             {"refit", "no-refit"} <= switches,
@@ -206,20 +209,24 @@ def wrong(given, switches):
             low > high,
             shared and not low <= ratio <= high,
             not shared and (low, high) != (0, 0.95),
-            get["rounds"] == "2" and not closes_all,
+            get["rounds"] == "2" and not on_predictions,
+            get["metric"] and not from_closed_form,
+            get["metric"] == "attention" and get["targets"] == "all",
         ]
     )
 
 
 DEFAULTS = {
     **{"method": "descent", "targets": "qk", "sparsity": "0.5", "start": "gauss-newton"},
-    **{"allocate": "matrix", "lowest": "0", "highest": "0.95", "distill": "", "rounds": "1"},
+    **{"metric": "", "allocate": "matrix", "lowest": "0", "highest": "0.95", "distill": ""},
+    "rounds": "1",
 }
 GOOD = {
     "method": METHODS,
     "targets": ("qk", "all"),
     "sparsity": ("0.5", "2:4", "0", "1", "0.99"),
     "start": ("dense", "gauss-newton"),
+    "metric": ("attention", "predictions"),
     "allocate": ("matrix", "block", "model"),
     "lowest": ("0", "0.4", "0.6"),
     "highest": ("0.95", "0.4", "1"),
@@ -322,6 +329,7 @@ ARGUMENTS = {
     "sparsity": fraction,
     "refit": lambda v: isinstance(v, bool),
     "start": lambda v: v in ("gauss-newton", "dense"),
+    "metric": lambda v: v in ("attention", "predictions"),
     "allocate": lambda v: v in ("matrix", "block", "model"),
     "lowest": number(0, 0.95),
     "highest": number(0, 1),
@@ -341,7 +349,7 @@ ARGUMENTS = {
     "progress": callable,
 }
 OPTIONAL = {"windows", "seqlen", "heldout", "refit", "steps", "distill", "mesh", "repeat"}
-OPTIONAL |= {"announce", "warn", "progress"}
+OPTIONAL |= {"metric", "announce", "warn", "progress"}
 NO_NUMBERS = {*ARGUMENTS} - {"refit", "propagate", "resume"}
 OBJECTS = st.sampled_from(
     [
