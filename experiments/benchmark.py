@@ -1,10 +1,11 @@
 """Speed and memory, each against what it could be: one table.
 
-  kernel      value and gradient of softmax_error, on one device and heads split over all, against
-              the time of its dense matrix products at the rate measured beside it, and against
-              PyTorch autograd, all heads at once and one by one
+  kernel      value and gradient of softmax_error against the time of its dense matrix products at
+              the rate measured beside it, and against PyTorch autograd, all heads at once and one
+              by one
+  devices     the kernel and Algorithm 1 with heads split over devices, of a CPU its cores
   loss        the paper's loss with n = d, against its dense matrix products
-  algorithm1  300 steps on 32 heads, on one device and split over all, against the same in PyTorch
+  algorithm1  300 steps on 32 heads against the same in PyTorch
   sweep       a row of Figure 2, every λ and step size of it, against a PyTorch loop
   baselines   Wanda and SparseGPT against their PyTorch forms
   layer       W_Q and W_K of a layer of SmolLM2's shape in closed form, against SparseGPT and ADMM
@@ -85,6 +86,7 @@ KERNEL_SHAPES = (  # n, d, heads
     (2048, 128, 64),
     (4096, 128, 8),
 )
+DEVICE_SHAPES = ((128, 64, 32), (512, 64, 16), (2048, 64, 32))
 QUICK_SHAPES = ((128, 64, 8), (512, 64, 2))
 GROWTH = {
     "n": [(n, 64, 1) for n in (512, 1024, 2048, 4096, 8192)],
@@ -94,7 +96,18 @@ GROWTH = {
 RATE = 1024  # side of the product whose rate is "the rate measured"
 COLUMNS = Columns((), texts=("part",), sparse=("seconds",))
 PARTS = (
-    *("kernel", "loss", "algorithm1", "sweep", "baselines", "layer", "step", "forward", "prune"),
+    *(
+        "kernel",
+        "devices",
+        "loss",
+        "algorithm1",
+        "sweep",
+        "baselines",
+        "layer",
+        "step",
+        "forward",
+        "prune",
+    ),
     *("growth", "memory", "llama", "all_maps"),
 )
 # They take an hour or more on a CPU.
@@ -268,9 +281,7 @@ def kernel_part(config: Config) -> list[dict[str, Any]]:
     rows = []
     for n, d, heads in tqdm(QUICK_SHAPES if config.quick else KERNEL_SHAPES, desc="kernel"):
         arrays = attention_inputs(n, d, heads)
-        contenders = on_devices(kernel, *arrays)
-        ours = list(contenders)[-1]
-        contenders["product"] = square(RATE)
+        contenders = {"one device": compiled(kernel, *arrays), "product": square(RATE)}
         if torch_forms.available():
             one = torch_forms.softmax_error_gradients
             contenders["torch per head"] = in_torch(partial(torch_forms.per_head, one), *arrays)
@@ -284,7 +295,7 @@ def kernel_part(config: Config) -> list[dict[str, Any]]:
             f"{count} products": at_rate(count * 2 * n**2 * d * heads, product) for count in (3, 4)
         }
         point = {"part": "kernel", "n": n, "d": d, "heads": heads}
-        rows += rows_of(point, contenders, seconds, ours, floors)
+        rows += rows_of(point, contenders, seconds, "one device", floors)
     return rows
 
 
@@ -310,27 +321,74 @@ def loss_part(config: Config) -> list[dict[str, Any]]:
 
 
 def algorithm1_part(config: Config) -> list[dict[str, Any]]:
-    """Algorithm 1 on many heads, on one device and split over all of them."""
+    """Algorithm 1 on many heads at once."""
+    x, w = algorithm1_inputs(config)
+    contenders = {"one device": compiled(partial(algorithm1_masks, steps=config.steps), x, w)}
+    if torch_forms.available():
+        form = partial(torch_forms.algorithm1, lam=_LAM, rate=_RATE, steps=config.steps)
+        contenders["torch batched"] = in_torch(form, x[:, 0], w)
+        contenders["torch per head"] = in_torch(partial(torch_forms.per_head, form), x[:, 0], w)
+    point = algorithm1_point(x)
+    return rows_of(point, contenders, turns(contenders, config), "one device")
+
+
+_LAM, _RATE = 0.01, 0.1
+
+
+def algorithm1_inputs(config: Config) -> tuple[jax.Array, jax.Array]:
+    """Activations, one sequence for each head, and fused weights."""
     heads, n, d = (4, 64, 32) if config.quick else (32, 128, 64)
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (heads, 1, n, d))
-    w = jax.random.normal(keys[1], (heads, d, d)) / d
-    lam, rate = 0.01, 0.1
+    return x, jax.random.normal(keys[1], (heads, d, d)) / d
+
+
+def algorithm1_point(x: jax.Array) -> dict[str, Any]:
+    """Where in the table Algorithm 1 on these activations stands."""
+    heads, _, n, d = x.shape
+    return {"part": "algorithm1", "n": n, "d": d, "heads": heads}
+
+
+def algorithm1_masks(x: jax.Array, w: jax.Array, *, steps: int) -> jax.Array:
+    """The masks of Algorithm 1, head by head."""
 
     def one(x: jax.Array, w: jax.Array) -> jax.Array:
         result = algorithm1(
-            x, w, lam=lam, learning_rate=rate, sparsity=Sparsity(0.5), steps=config.steps
+            x, w, lam=_LAM, learning_rate=_RATE, sparsity=Sparsity(0.5), steps=steps
         )
         return result.state.variable
 
-    contenders = on_devices(jax.vmap(one), x, w)
-    ours = list(contenders)[-1]
-    if torch_forms.available():
-        form = partial(torch_forms.algorithm1, lam=lam, rate=rate, steps=config.steps)
-        contenders["torch batched"] = in_torch(form, x[:, 0], w)
-        contenders["torch per head"] = in_torch(partial(torch_forms.per_head, form), x[:, 0], w)
-    point = {"part": "algorithm1", "n": n, "d": d, "heads": heads}
-    return rows_of(point, contenders, turns(contenders, config), ours)
+    return jax.vmap(one)(x, w)
+
+
+def devices_part(config: Config) -> list[dict[str, Any]]:
+    """Heads split over devices; of a CPU, whose cores are made devices, in a process of its own.
+
+    In a process with several, one device of a CPU has a part of its threads alone: whoever wants
+    to know what one does has to look where it is the only one.
+    """
+    if jax.default_backend() == "cpu":
+        return in_child(over_cores, config)
+    return over_devices(config)
+
+
+def over_cores(config: Config, report: Callable[[Any], None]) -> list[dict[str, Any]]:
+    """``over_devices`` with a device for each core; in a child."""
+    one_device_per_core()
+    return over_devices(config)
+
+
+def over_devices(config: Config) -> list[dict[str, Any]]:
+    """The kernel and Algorithm 1 on one device and split over all."""
+    rows = []
+    for n, d, heads in QUICK_SHAPES if config.quick else DEVICE_SHAPES:
+        contenders = on_devices(kernel, *attention_inputs(n, d, heads))
+        point = {"part": "devices", "n": n, "d": d, "heads": heads, "method": "kernel"}
+        rows += rows_of(point, contenders, turns(contenders, config), list(contenders)[-1])
+    x, w = algorithm1_inputs(config)
+    contenders = on_devices(partial(algorithm1_masks, steps=config.steps), x, w)
+    point = algorithm1_point(x) | {"part": "devices", "method": "algorithm1"}
+    return rows + rows_of(point, contenders, turns(contenders, config), list(contenders)[-1])
 
 
 def sweep_part(config: Config) -> list[dict[str, Any]]:
@@ -761,6 +819,7 @@ def report_on(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
 
 MEASURE = {
     "kernel": kernel_part,
+    "devices": devices_part,
     "loss": loss_part,
     "algorithm1": algorithm1_part,
     "sweep": sweep_part,
@@ -785,8 +844,7 @@ def one_device_per_core() -> None:
 
 
 def prepare(config: Config) -> Experiment:
-    """Set the devices up."""
-    one_device_per_core()
+    """Say what is left out."""
     if not torch_forms.available():
         print("PyTorch is not installed (pip install torch): its rows are left out")
     elif not torch_forms.available("transformers"):

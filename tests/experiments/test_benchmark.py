@@ -39,7 +39,7 @@ def run(benchmark, out, *more):
 def test_a_quick_run_fills_the_table(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark.torch_forms, "available", lambda *others: False)
     out = tmp_path / "run"
-    parts = ("kernel", "loss", "algorithm1", "baselines", "memory")
+    parts = ("kernel", "devices", "loss", "algorithm1", "baselines", "memory")
     parts += ("layer", "step", "forward", "prune", "all_maps")
     assert run(benchmark, out, "--parts", *parts) == 0
     metrics = pd.read_csv(out / "metrics.csv")
@@ -52,6 +52,9 @@ def test_a_quick_run_fills_the_table(benchmark, tmp_path, monkeypatch, capsys):
     ours = kernel[kernel["contender"] == "one device"]
     assert (ours["ours_over_it"] == 1).all()
     assert (ours["compile_seconds"] > 0).all()
+    split = metrics[metrics["part"] == "devices"]
+    assert set(split["method"]) == {"kernel", "algorithm1"}
+    assert "one device" in set(split["contender"])
     # Four products take a third longer than three of the same shape.
     floor = kernel.pivot_table(index=["n", "d", "heads"], columns="contender", values="seconds")
     np.testing.assert_allclose(floor["4 products"] / floor["3 products"], 4 / 3, rtol=1e-6)
