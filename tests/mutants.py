@@ -20,7 +20,10 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).parent.parent
 TESTS = {
     "objective.py": ["tests/test_objective.py"],
-    "attention.py": ["tests/test_attention.py", "tests/test_objective.py"],
+    "attention.py": [
+        *("tests/test_attention.py", "tests/test_objective.py"),
+        "tests/test_decompositions.py",
+    ],
     "sparsity.py": ["tests/test_sparsity.py"],
     "importance.py": ["tests/test_importance.py", "tests/baselines"],
     "allocation.py": ["tests/test_allocation.py"],
@@ -28,8 +31,13 @@ TESTS = {
     "gauss_newton/residuals.py": ["tests/gauss_newton/test_moments.py"],
     "gauss_newton/admm.py": ["tests/gauss_newton/test_kronecker_admm.py"],
     "pipeline/block.py": ["tests/pipeline/test_block.py"],
-    "pipeline/closed_form.py": ["tests/pipeline/test_closed_form.py"],
-    "pipeline/model.py": ["tests/pipeline/test_generated.py", "tests/pipeline/test_rounds.py"],
+    "pipeline/closed_form.py": [
+        *("tests/pipeline/test_closed_form.py", "tests/pipeline/test_metric.py"),
+    ],
+    "pipeline/model.py": [
+        *("tests/pipeline/test_generated.py", "tests/pipeline/test_rounds.py"),
+        "tests/pipeline/test_metric.py",
+    ],
     "pipeline/query_key.py": ["tests/pipeline/test_generated.py"],
     "models/llama/sampling.py": ["tests/models/test_sampling.py"],
     "baselines/magnitude.py": ["tests/baselines/test_magnitude.py", "tests/baselines"],
@@ -87,6 +95,7 @@ MUTANTS = [
     Mutant(
         "attention.py", "return weights / weights.sum(axis=-1, keepdims=True)", "return weights"
     ),
+    Mutant("attention.py", "lower=lower, transpose_a=transpose", "lower=lower"),
     Mutant("attention.py", "return error.sum() / energy.sum()", "return (error / energy).mean()"),
     # Rounding.
     Mutant("sparsity.py", "keys < candidate", "keys <= candidate"),
@@ -171,11 +180,13 @@ MUTANTS = [
     Mutant("pipeline/closed_form.py", "redamped(factor, ridge)", "factor"),
     Mutant("pipeline/block.py", "(1 - share) * own", "share * own"),
     Mutant("pipeline/closed_form.py", "return share * mean", "return mean"),
+    Mutant("pipeline/closed_form.py", '"qk": 40}', '"qk": 15}'),
     # Text that a model writes.
     Mutant("pipeline/model.py", "min(read, settings.generated - read)", "settings.generated"),
     Mutant("pipeline/model.py", "or settings.generated < read", "or False"),
     Mutant("pipeline/model.py", "for_masks if for_masks < windows else 0", "0"),
     Mutant("pipeline/model.py", "streams.part(found_on)", "streams"),
+    Mutant("pipeline/model.py", "streams._replace(pruned=streams.dense)", "streams"),
     Mutant("pipeline/model.py", "min(for_masks, settings.curv", "min(99, settings.curv"),
     Mutant("pipeline/model.py", "mean + (value - mean) / count", "value"),
     Mutant("pipeline/model.py", "jax.random.fold_in(key, number - 1)", "key"),
