@@ -163,7 +163,7 @@ def _steps(row: pd.Series) -> str:
 def _note(row: pd.Series) -> str:
     """What a marker of the cost figure does not say of a row: its budget, its text."""
     budgets = {"matrix": "", "block": "one budget a block", "model": "one budget"}
-    notes = (_metric(row), budgets[row["allocate"]], "generated" * _generated(row))
+    notes = (budgets[row["allocate"]], "generated" * _generated(row))
     return ", ".join(filter(None, notes))
 
 
@@ -185,15 +185,16 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
     for axes, there in panels:
         rows = there[there["resumed"] != 1]
         added = (rows["refit"] == 1) & (rows["method"] != "descent") | (rows["distill"] > 0)
-        for (method, retrained), points in rows.groupby([rows["method"], added], sort=False):
-            look = plotting.style(str(method))
+        rows = rows.assign(named=[_method(row) for _, row in rows.iterrows()])
+        for (name, retrained), points in rows.groupby(["named", added], sort=False):
+            look = plotting.style(points["method"].iloc[0])
             axes.plot(
                 points["seconds"],
                 points["gap"].clip(lower=_LEAST_GAP),
                 look.marker,
                 color=look.color,
-                markerfacecolor="none" if retrained else look.color,
-                label=name_of(str(method)) + ", retrained" * bool(retrained),
+                fillstyle="none" if retrained else "left" if _metric(points.iloc[0]) else "full",
+                label=f"{name}{', retrained' * bool(retrained)}",
                 markersize=6,
             )
         noted = rows.assign(note=[_note(row) for _, row in rows.iterrows()])
