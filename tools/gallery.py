@@ -96,8 +96,8 @@ ENTRIES = {
         "regimes/figures/regimes.png",
         "python experiments/regimes.py --out runs/regimes",
         "Where Algorithm 1 generalises",
-        "Maps of the error of Algorithm 1 relative to fused magnitude over the scale of the logits "
-        "and the calibration tokens for each mask entry.",
+        "Maps of the errors of Algorithm 1 and of the closed form relative to fused magnitude over "
+        "the scale of the logits and the calibration tokens for each mask entry.",
     ),
     "convergence": Entry(
         "convergence/figures/curves.png",
