@@ -94,20 +94,11 @@ GROWTH = {
     "heads": [(512, 64, h) for h in (1, 4, 16, 64)],
 }
 RATE = 1024  # side of the product whose rate is "the rate measured"
+_LAM, _RATE = 0.01, 0.1  # of Algorithm 1
 COLUMNS = Columns((), texts=("part",), sparse=("seconds",))
 PARTS = (
-    *(
-        "kernel",
-        "devices",
-        "loss",
-        "algorithm1",
-        "sweep",
-        "baselines",
-        "layer",
-        "step",
-        "forward",
-        "prune",
-    ),
+    *("kernel", "devices", "loss", "algorithm1", "sweep", "baselines"),
+    *("layer", "step", "forward", "prune"),
     *("growth", "memory", "llama", "all_maps"),
 )
 # They take an hour or more on a CPU.
@@ -330,9 +321,6 @@ def algorithm1_part(config: Config) -> list[dict[str, Any]]:
         contenders["torch per head"] = in_torch(partial(torch_forms.per_head, form), x[:, 0], w)
     point = algorithm1_point(x)
     return rows_of(point, contenders, turns(contenders, config), "one device")
-
-
-_LAM, _RATE = 0.01, 0.1
 
 
 def algorithm1_inputs(config: Config) -> tuple[jax.Array, jax.Array]:

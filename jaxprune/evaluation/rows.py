@@ -136,9 +136,8 @@ def _cell(seeds: pd.DataFrame, name: str, best: float | None) -> str:
     return f"**{text}**" if best is not None and values.mean() == best else text
 
 
-# Rows of earlier versions do not say what these do.
 def _metric(row: pd.Series) -> str:
-    """What the closed form is on, where that is not the usual."""
+    """What the closed form is on, where that is not the usual; old rows do not say."""
     return "on predictions" if row.get("predictions", 0) > 0 else ""
 
 
@@ -147,7 +146,7 @@ def _method(row: pd.Series) -> str:
 
 
 def _generated(row: pd.Series) -> bool:
-    """Whether windows were generated."""
+    """Whether windows were generated; old rows do not say."""
     return bool(row.get("generated", 0) > 0)
 
 
