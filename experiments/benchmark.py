@@ -182,15 +182,17 @@ def in_torch(function: Callable[..., Any], *arrays: Any) -> Contender:
 
 
 def turns(contenders: dict[str, Contender], config: Config) -> dict[str, list[float]]:
-    """Seconds of every contender in every turn, after one that does not count."""
+    """Seconds of every contender in every turn, each after a call of its own that does not count.
+
+    Threads of whoever came before may still look for work during the first, and its own wake up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for contender in contenders.values():
-        contender.call()
     end = time.perf_counter() + config.seconds
     for turn in range(3 if config.quick else config.repeats):
         if turn >= 3 and time.perf_counter() > end:
             break
         for name, contender in contenders.items():
+            contender.call()
             start = time.perf_counter()
             contender.call()
             seconds[name].append(time.perf_counter() - start)
