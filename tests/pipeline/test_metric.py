@@ -80,6 +80,13 @@ def test_both_maps_are_solved_on_what_the_predictions_feel(tmp_path, curvatures,
             )
 
 
+def test_without_propagation_the_second_block_does_not_see_what_the_first_has_lost(tmp_path):
+    alone = run(tmp_path / "alone", settings_of(propagate=False))
+    after = run(tmp_path / "after", settings_of())
+    np.testing.assert_array_equal(alone[0].wq, after[0].wq)
+    assert (alone[1].wq != after[1].wq).any()
+
+
 def test_the_metric_of_attention_is_the_usual_one_and_takes_no_curvature(tmp_path, curvatures):
     usual = run(tmp_path / "usual", settings_of(metric=None))
     named = run(tmp_path / "named", settings_of(metric="attention"))
