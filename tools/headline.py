@@ -165,9 +165,8 @@ def figure2(summary: pd.DataFrame) -> str:
     """The paper's Figure 2 at one length and ratio, from the summary of synthetic.py."""
 
     def cell(row: pd.Series) -> tuple[str, str]:
-        exponent = f", exponent {row['exponent']:g}" * bool(row["exponent"])
         errors = (_measured(row[n], row[f"{n}_se"]) for n in ("calibration", "heldout"))
-        return f"`{row['setting']}`{exponent}, k = {row['k']}", " / ".join(errors)
+        return f"{_setting(row)}, k = {row['k']}", " / ".join(errors)
 
     return _by_method(summary, cell)
 
@@ -208,7 +207,6 @@ def equal_storage(table: pd.DataFrame) -> str:
     methods = [name for name in table if name in plotting.STYLES]
     lines = []
     for _, row in table[table["fused_ratio"] > table["separate_ratio"]].iterrows():
-        exponent = f", exponent {row['exponent']:g}" * bool(row["exponent"])
         least = row[methods].astype(float).idxmin()
         errors = {
             _named(name): f"**{row[name]:.3g}**" if name == least else f"{row[name]:.3g}"
@@ -216,7 +214,7 @@ def equal_storage(table: pd.DataFrame) -> str:
         }
         lines.append(
             {
-                "activations and weights": f"`{row['setting']}`{exponent}",
+                "activations and weights": _setting(row),
                 "weights": f"{row['stored_weights']}",
                 "removed of `W_Q`, `W_K`": f"{row['separate_ratio']:g}",
                 "of the fused": f"{row['fused_ratio']:g}",
@@ -224,6 +222,11 @@ def equal_storage(table: pd.DataFrame) -> str:
             }
         )
     return _markdown(lines)
+
+
+def _setting(row: pd.Series) -> str:
+    """How the activations and weights of a row of synthetic.py were drawn."""
+    return f"`{row['setting']}`" + f", exponent {row['exponent']:g}" * bool(row["exponent"])
 
 
 def _by_method(metrics: pd.DataFrame, cell: Callable[[pd.Series], tuple[str, str]]) -> str:

@@ -436,10 +436,7 @@ class _Form(NamedTuple):
 def _forms(
     parts: list[PyTree], w: Float[Array, "d d"], key: Key[Array, ""], causal: bool
 ) -> list[_Form]:
-    """The form of each of several data, all diagonalised in one go, one matrix after the other.
-
-    On a CPU independent decompositions may wait for each other, see ``gauss_newton.admm``.
-    """
+    """The form of each of several data, all diagonalised in one go, one matrix after the other."""
     moments = [
         fused_moments(p["x"], w, causal=causal, row_weights=p["row_weights"], key=key)
         for p in parts
