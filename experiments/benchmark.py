@@ -321,7 +321,7 @@ def algorithm1_part(config: Config) -> list[dict[str, Any]]:
         form = partial(torch_forms.algorithm1, lam=_LAM, rate=_RATE, steps=config.steps)
         contenders["torch batched"] = in_torch(form, x[:, 0], w)
         contenders["torch per head"] = in_torch(partial(torch_forms.per_head, form), x[:, 0], w)
-    point = algorithm1_point(x)
+    point = {"part": "algorithm1", **algorithm1_sizes(x)}
     return rows_of(point, contenders, turns(contenders, config), "one device")
 
 
@@ -333,10 +333,10 @@ def algorithm1_inputs(config: Config) -> tuple[jax.Array, jax.Array]:
     return x, jax.random.normal(keys[1], (heads, d, d)) / d
 
 
-def algorithm1_point(x: jax.Array) -> dict[str, Any]:
-    """Where in the table Algorithm 1 on these activations stands."""
+def algorithm1_sizes(x: jax.Array) -> dict[str, int]:
+    """Sizes of these activations by the columns of the table."""
     heads, _, n, d = x.shape
-    return {"part": "algorithm1", "n": n, "d": d, "heads": heads}
+    return {"n": n, "d": d, "heads": heads}
 
 
 def algorithm1_masks(x: jax.Array, w: jax.Array, *, steps: int) -> jax.Array:
@@ -377,7 +377,7 @@ def over_devices(config: Config) -> list[dict[str, Any]]:
         rows += rows_of(point, contenders, turns(contenders, config), list(contenders)[-1])
     x, w = algorithm1_inputs(config)
     contenders = on_devices(partial(algorithm1_masks, steps=config.steps), x, w)
-    point = algorithm1_point(x) | {"part": "devices", "method": "algorithm1"}
+    point = {"part": "devices", **algorithm1_sizes(x), "method": "algorithm1"}
     return rows + rows_of(point, contenders, turns(contenders, config), list(contenders)[-1])
 
 
