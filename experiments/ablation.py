@@ -117,10 +117,19 @@ VARIANTS = {
     # What shares the budget of zeros.
     "block_budget": Variant("closed form, one budget a block", _closed(allocate="block")),
     "model_budget": Variant("closed form, one budget for the model", _closed(allocate="model")),
+    "descent_block_budget": Variant(
+        "descent, one budget a block", {"allocate": "block"}, "gauss-newton"
+    ),
     "rounds": Variant(
         "closed form, a second round on the curvature of the first's model too",
         _closed(rounds=2),
         targets="all",
+    ),
+    "descent_rounds": Variant(
+        "descent, one budget a block, a second round",
+        {"allocate": "block", "rounds": 2},
+        "gauss-newton",
+        "all",
     ),
     # How long kept weights adapt.
     "steps_25": Variant("25 steps a block", {"steps": 25}, "gauss-newton"),

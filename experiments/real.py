@@ -93,9 +93,10 @@ def _table() -> dict[str, Row]:
     found = [DENSE]
     for where in _SETTINGS:
         found += [Row(*where, method, refit=method == "descent") for method in _METHODS]
-        if where == ("all", "0.5"):
+        if where in (("qk", "0.7"), ("all", "0.5")):
             shared = [m for m in _METHODS if m != "magnitude"]
             found += [Row(*where, m, "model", m == "descent") for m in shared]
+        if where == ("all", "0.5"):
             closed = "gauss-newton"
             found += [Row(*where, m, generated=1) for m in ("sparsegpt", "admm", closed)]
             found += [Row(*where, closed, "model", generated=1)]
@@ -111,6 +112,7 @@ def _table() -> dict[str, Row]:
             found += [Row(*where, "descent", refit=True, metric="predictions")]
             found += [Row(*where, "gauss-newton", generated=1)]
             found += [Row(*where, "descent", refit=True, generated=2)]
+            found += [Row(*where, "descent", "model", refit=True, distilled=True)]
     return {row.name: row for row in found}
 
 
@@ -121,7 +123,7 @@ BY_NAME = (
     *("all-0.5-wanda-distill", "all-0.5-admm-distill", "all-0.5-sparsegpt-generated"),
     *("all-0.5-admm-generated", "all-0.5-gauss-newton-model-distill-generated"),
     *("qk-0.5-descent", "qk-0.7-*-generated", "all-0.5-gauss-newton-generated"),
-    "qk-*-predictions",
+    *("qk-*-predictions", "qk-0.7-*-model", "qk-0.7-*-distill"),
     *("all-0.5-descent-model", "all-0.5-descent-model-generated"),
 )
 

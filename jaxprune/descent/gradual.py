@@ -6,6 +6,7 @@ output of a block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,10 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 from jaxprune.descent.loop import Descent, Objective
 from jaxprune.descent.relaxations import KeepMasks, Weights, cubic_sparsity, fixed, gradual
 from jaxprune.sparsity import Group, Sparsity
+
+# The noise of a validation is measured on sequences, if there are so many, else on so many samples.
+_SEQUENCES = 3
+_SAMPLES = 8
 
 
 def gradual_descent(
@@ -93,7 +98,7 @@ def refit_descent(
     """A descent on the kept weights of given masks, ready to run.
 
     Args:
-      sample_errors: effective weights and batch to one error for each sequence; their mean is
+      sample_errors: effective weights and batch to one error for each sample; their mean is
         minimised.
       weights: pruned weights to start from, a pytree of ``[d_in, d_out]``.
       keep_masks: True where kept.
@@ -148,6 +153,23 @@ def split_sequences(data: PyTree) -> tuple[PyTree, PyTree]:
     """
     count = jax.tree.leaves(data)[0].shape[0]
     return split_axis(data, 0, min(count, 8))
+
+
+def validation_samples(errors: Float[Array, "b *axes n"]) -> Float[Array, " samples"]:
+    """Errors of the positions of sequences to errors of samples, whose mean is that of sequences.
+
+    A sample is a sequence. Of one or two the noise of a gain would hardly be known: it seems to
+    have none, or three standard errors of it turn down nearly everything. Samples are then every
+    so-manieth position of one, at least eight in all, none of them nearer to its beginning.
+
+    Args:
+      errors: of every position, on the last axis; those of a sequence are summed.
+    """
+    b, n = errors.shape[0], errors.shape[-1]
+    pieces = 1 if b >= _SEQUENCES else min(math.ceil(_SAMPLES / b), n)
+    axes = tuple(range(1, errors.ndim))
+    sums = [errors[..., i::pieces].sum(axis=axes) for i in range(pieces)]
+    return sums[0] if pieces == 1 else pieces * jnp.stack(sums, axis=1).ravel()
 
 
 def split_axis(data: PyTree, axis: int, every: int) -> tuple[PyTree, PyTree]:

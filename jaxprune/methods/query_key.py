@@ -25,7 +25,12 @@ from jaxprune.attention import (
     row_errors,
 )
 from jaxprune.convergence.theorem import per_step
-from jaxprune.descent.gradual import gradual_descent, refit_descent, split_sequences
+from jaxprune.descent.gradual import (
+    gradual_descent,
+    refit_descent,
+    split_sequences,
+    validation_samples,
+)
 from jaxprune.descent.loop import Descent, Trace, descend
 from jaxprune.descent.relaxations import cubic_sparsity, straight_through
 from jaxprune.errors import InputError
@@ -521,15 +526,15 @@ def _targets(
 
 def _sample_errors(
     context: QueryKeyContext, settings: QueryKeySettings, weights: Projections, batch: PyTree
-) -> Float[Array, " b"]:
-    """Objective of every sequence, summed over heads."""
+) -> Float[Array, " samples"]:
+    """Objective of every sample, summed over heads."""
     q, k = queries_and_keys(batch["x"], weights, context.form, settings)
     q0, k0, values = _targets(batch, context, settings)
 
     def errors(q: Array, k: Array, q0: Array, k0: Array, values: Array | None) -> Array:
         return softmax_error(q, k, q0, k0, values=values)
 
-    return over_mesh(errors, *AXES)(q, k, q0, k0, values).sum(axis=(-1, -2))
+    return validation_samples(over_mesh(errors, *AXES)(q, k, q0, k0, values))
 
 
 @partial(jax.jit, static_argnames="settings")

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxprune.attention import accumulation_dtype
-from jaxprune.descent.gradual import gradual_descent, refit_descent, split_sequences
+from jaxprune.descent.gradual import (
+    gradual_descent,
+    refit_descent,
+    split_sequences,
+    validation_samples,
+)
 from jaxprune.descent.loop import Descent
 from jaxprune.descent.relaxations import KeepMasks, Weights
 from jaxprune.importance import Importance, column_sensitivity, feature_norms, importance
@@ -61,19 +66,19 @@ def _differences(
 
 def _sample_errors(
     weights: BlockWeights, config: LlamaConfig, pruned: Weights, batch: PyTree
-) -> Float[Array, " b"]:
-    """Half the squared error of the block's output, for every sequence."""
+) -> Float[Array, " samples"]:
+    """Half the squared error of the block's output, for every sample."""
     difference, _ = _differences(weights, config, pruned, batch)
-    return 0.5 * jnp.sum(difference**2, axis=(1, 2))
+    return validation_samples(0.5 * jnp.sum(difference**2, axis=-1))
 
 
 def _relative_errors(
     weights: BlockWeights, config: LlamaConfig, pruned: Weights, batch: PyTree
-) -> Float[Array, " b"]:
+) -> Float[Array, " samples"]:
     """The same, every token's relative to the mean square of its target."""
     difference, target = _differences(weights, config, pruned, batch)
     size = jnp.mean(target**2, axis=-1) + config.rms_norm_eps
-    return 0.5 * jnp.sum(jnp.sum(difference**2, axis=-1) / size, axis=-1)
+    return validation_samples(0.5 * jnp.sum(difference**2, axis=-1) / size)
 
 
 @partial(jax.jit, static_argnames="settings")

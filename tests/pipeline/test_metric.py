@@ -15,7 +15,6 @@ from jaxprune.gauss_newton import kronecker_admm
 from jaxprune.models.llama.activations import next_hidden
 from jaxprune.models.llama.modeling import Llama
 from jaxprune.pipeline import PruneSettings, prune_model
-from jaxprune.pipeline import model as pipeline
 from jaxprune.runs.folder import RunFolder
 from jaxprune.sparsity import Sparsity
 
@@ -37,19 +36,6 @@ def run(folder, settings):
     return [model.block_weights(layer) for layer in range(CONFIG.num_hidden_layers)]
 
 
-@pytest.fixture
-def curvatures(monkeypatch):
-    """Every curvature that the pipeline takes."""
-
-    def recorded(*arguments, **named):
-        found.append(prediction_curvature(*arguments, **named))
-        return found[-1]
-
-    prediction_curvature, found = pipeline.prediction_curvature, []
-    monkeypatch.setattr(pipeline, "prediction_curvature", recorded)
-    return found
-
-
 def solved(name, curvature, hidden, layer):
     """One map by the solver alone, on the inputs of all tokens."""
     dense = DENSE.block_weights(layer)
@@ -61,13 +47,13 @@ def solved(name, curvature, hidden, layer):
 
 
 @pytest.mark.parametrize("propagate", [True, False])
-def test_both_maps_are_solved_on_what_the_predictions_feel(tmp_path, curvatures, propagate):
+def test_both_maps_are_solved_on_what_the_predictions_feel(tmp_path, taken, propagate):
     """The second block on the stream of the pruned first, or on that of the dense one."""
     blocks = run(tmp_path / "run", settings_of(propagate=propagate))
     hidden = DENSE.embed(jnp.asarray(READ))
     first = blocks[0] if propagate else DENSE.block_weights(0)
     streams = [hidden, next_hidden(first, hidden, CONFIG, batch=4)]
-    (curvature,) = curvatures
+    (curvature,) = (each.curvature for each in taken)
     assert set(curvature[0]) == {"wq", "wk"}
     for layer, found in enumerate(blocks):
         for name in ("wq", "wk"):
@@ -87,10 +73,10 @@ def test_without_propagation_the_second_block_does_not_see_what_the_first_has_lo
     assert (alone[1].wq != after[1].wq).any()
 
 
-def test_the_metric_of_attention_is_the_usual_one_and_takes_no_curvature(tmp_path, curvatures):
+def test_the_metric_of_attention_is_the_usual_one_and_takes_no_curvature(tmp_path, taken):
     usual = run(tmp_path / "usual", settings_of(metric=None))
     named = run(tmp_path / "named", settings_of(metric="attention"))
-    assert not curvatures
+    assert not taken
     other = run(tmp_path / "other", settings_of())
     for a, b, c in zip(usual, named, other, strict=True):
         np.testing.assert_array_equal(a.wq, b.wq)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import Array
 from tiny_llama import CONFIG as ONE_LAYER
 
 from jaxprune.errors import InputError
-from jaxprune.models.llama.modeling import BlockWeights, Llama
+from jaxprune.models.llama.modeling import Llama
 from jaxprune.pipeline import PruneSettings, prune_model, units
 from jaxprune.pipeline import model as pipeline
-from jaxprune.pipeline.curvature import Curvature
 from jaxprune.runs.folder import RunFolder
 from jaxprune.sparsity import Sparsity
 
@@ -39,29 +36,6 @@ def run(folder, settings, progress=lambda where: None, resume=False):
 def pairs_of(one, other):
     """Weights of two models."""
     return zip(*(jax.tree.leaves(m.blocks.get_value()) for m in (one, other)), strict=True)
-
-
-class Taken(NamedTuple):
-    """A curvature: of which weights, with which key, what it was."""
-
-    blocks: BlockWeights
-    key: Array
-    curvature: Curvature
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """Every curvature that the pipeline takes."""
-
-    def recorded(model, tokens, names, key, **named):
-        blocks = jax.tree.map(jnp.copy, model.blocks.get_value())
-        curvature = prediction_curvature(model, tokens, names, key, **named)
-        found.append(Taken(blocks, key, curvature))
-        return curvature
-
-    prediction_curvature, found = pipeline.prediction_curvature, []
-    monkeypatch.setattr(pipeline, "prediction_curvature", recorded)
-    return found
 
 
 @pytest.mark.parametrize("allocate", ["matrix", "model"])
