@@ -56,7 +56,22 @@ class RandomHead:
     logits_std: float | None = None
 
 
-@partial(jax.jit, static_argnames="head")
+class _Draws(NamedTuple):
+    """Standard normal numbers that a head is made of."""
+
+    wq: Array
+    wk: Array
+    x: Array
+    heldout: Array
+    rotation: Array | None
+
+
+# A program of its own for each shape: a generator takes longer to compile than all the rest.
+@partial(jax.jit, static_argnames="shape")
+def _normal(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
+    return jax.random.normal(key, shape)
+
+
 def random_head(keys: HeadKeys, head: RandomHead) -> FusedProblem:
     """Draw activations and projections, the same for the same keys.
 
@@ -64,17 +79,28 @@ def random_head(keys: HeadKeys, head: RandomHead) -> FusedProblem:
       keys: one for every part.
       head: shapes and distribution.
     """
-    d = head.d
-    wq, wk = (jax.random.normal(key, (d, head.k)) for key in (keys.wq, keys.wk))
-    x = jax.random.normal(keys.x, (head.sequences, head.n, d))
-    heldout = jnp.zeros((0, head.n, d))
-    if keys.heldout is not None:
-        heldout = jax.random.normal(keys.heldout, (head.heldout, head.n, d))
+    d, tokens = head.d, (head.n, head.d)
+    draws = _Draws(
+        _normal(keys.wq, (d, head.k)),
+        _normal(keys.wk, (d, head.k)),
+        _normal(keys.x, (head.sequences, *tokens)),
+        jnp.zeros((0, *tokens))
+        if keys.heldout is None
+        else _normal(keys.heldout, (head.heldout, *tokens)),
+        None if keys.rotation is None else _normal(keys.rotation, (d, d)),
+    )
+    return _shaped(draws, head)
+
+
+@partial(jax.jit, static_argnames="head")
+def _shaped(draws: _Draws, head: RandomHead) -> FusedProblem:
+    """Covariance and logits as ``head`` has them."""
+    wq, wk, x, heldout, rotation = draws
     wq_seen, wk_seen = wq, wk
-    if keys.rotation is not None:
-        eigenvalues = jnp.arange(1, d + 1.0) ** -head.exponent
-        deviations = jnp.sqrt(d * eigenvalues / eigenvalues.sum())[:, None]
-        rotation, _ = qr(jax.random.normal(keys.rotation, (d, d)))
+    if rotation is not None:
+        eigenvalues = jnp.arange(1, head.d + 1.0) ** -head.exponent
+        deviations = jnp.sqrt(head.d * eigenvalues / eigenvalues.sum())[:, None]
+        rotation, _ = qr(rotation)
         coloured = deviations * rotation.T
         x, heldout = x @ coloured, heldout @ coloured
         wq_seen, wk_seen = (deviations * (rotation.T @ w) for w in (wq, wk))
