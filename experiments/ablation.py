@@ -120,6 +120,11 @@ VARIANTS = {
     "descent_block_budget": Variant(
         "descent, one budget a block", {"allocate": "block"}, "gauss-newton"
     ),
+    "descent_longer": Variant(
+        "descent, one budget a block, 600 steps of distillation",
+        {"allocate": "block", "distill": 600},
+        "gauss-newton",
+    ),
     "rounds": Variant(
         "closed form, a second round on the curvature of the first's model too",
         _closed(rounds=2),
@@ -388,7 +393,7 @@ def draw(metrics: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(
         1,
         len(sparsities),
-        figsize=(3.2 + 2.6 * len(sparsities), 0.9 + 0.27 * len(variants)),
+        figsize=(4.6 + 2.6 * len(sparsities), 0.9 + 0.27 * len(variants)),
         sharey=True,
         squeeze=False,
         layout="constrained",

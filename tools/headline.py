@@ -43,7 +43,7 @@ METHODS = {
     "sparsegpt_retrained": "SparseGPT, retrained",
     "admm_retrained": "ADMM, retrained",
     "descent": "**descent**",
-    "descent_block_budget": "descent, one budget a block",
+    "descent_longer": "descent, one budget a block, twice the distillation",
 }
 COLUMNS = Columns(
     (
