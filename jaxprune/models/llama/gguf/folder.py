@@ -82,7 +82,9 @@ def converted(file: Path) -> Path:
         this port computes, or the cache cannot be written.
     """
     if not file.is_file():
-        raise InputError(f"{file}: no such file")
+        raise InputError(
+            f"{file}: no such file; give zoo, a folder, a .gguf, or owner/name on the hub"
+        )
     try:
         package()
         with file.open("rb") as stream:
