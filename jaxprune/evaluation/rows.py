@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.artist import Artist
@@ -159,13 +160,6 @@ def _steps(row: pd.Series) -> str:
     return f", {row['steps']:.0f} steps each" if row.get("steps", 0) > 0 else ""
 
 
-def _note(row: pd.Series) -> str:
-    """What a marker of the cost figure does not say of a row: its budget, its text."""
-    budgets = {"matrix": "", "block": "one budget a block", "model": "one budget"}
-    notes = (budgets[row["allocate"]], "generated" * _generated(row))
-    return ", ".join(filter(None, notes))
-
-
 def _retraining(row: pd.Series) -> str:
     parts = ["blocks" + _steps(row)] if row["refit"] else []
     parts += [f"{row['distill']:.0f} steps of distillation"] if row["distill"] else []
@@ -196,20 +190,23 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
                 label=f"{name}{', retrained' * bool(retrained)}",
                 markersize=6,
             )
-        noted = rows.assign(note=[_note(row) for _, row in rows.iterrows()])
-        noted = noted[noted["note"] != ""].drop_duplicates("row")
-        # To the left, where there are fewer markers; where there is one note alone, to the right.
-        left = len(noted) > 1
-        for _, point in noted.iterrows():
-            axes.annotate(
-                point["note"],
-                (point["seconds"], max(point["gap"], _LEAST_GAP)),
-                (-6 if left else 6, 0),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                va="center",
-                fontsize=7,
-            )
+        # What markers do not say is around them: notes in words would cover each other.
+        for frame, shown, within in (
+            ("o", "in a ring: one budget", rows["allocate"] != "matrix"),
+            ("s", "in a box: generated text", [_generated(row) for _, row in rows.iterrows()]),
+        ):
+            points = rows[np.asarray(within, bool)]
+            if len(points):
+                axes.plot(
+                    points["seconds"],
+                    points["gap"].clip(lower=_LEAST_GAP),
+                    frame,
+                    color="0.45",
+                    fillstyle="none",
+                    label=shown,
+                    markersize=12,
+                    markeredgewidth=0.9,
+                )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.margins(0.12, 0.2)

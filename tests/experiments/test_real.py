@@ -104,6 +104,7 @@ def test_magnitude_is_in_the_figure_of_cost_only_by_itself(real):
     assert panels == metrics.loc[~dense, ["targets", "sparsity"]].drop_duplicates().shape[0]
     assert {"Wanda", "closed form"} <= methods
     assert "magnitude" not in methods
+    assert {"in a ring: one budget", "in a box: generated text"} <= methods
     assert drawn(metrics[dense | worst])[1] == {"magnitude"}
 
 
