@@ -20,7 +20,7 @@ from jaxprune.descent.loop import Descent, Objective
 from jaxprune.descent.relaxations import KeepMasks, Weights, cubic_sparsity, fixed, gradual
 from jaxprune.sparsity import Group, Sparsity
 
-# The noise of a validation is measured on sequences, if there are so many, else on so many samples.
+# A validation's noise is measured on sequences if there are this many, else on this many samples.
 _SEQUENCES = 3
 _SAMPLES = 8
 
@@ -158,9 +158,10 @@ def split_sequences(data: PyTree) -> tuple[PyTree, PyTree]:
 def validation_samples(errors: Float[Array, "b *axes n"]) -> Float[Array, " samples"]:
     """Errors of the positions of sequences to errors of samples, whose mean is that of sequences.
 
-    A sample is a sequence. Of one or two the noise of a gain would hardly be known: it seems to
-    have none, or three standard errors of it turn down nearly everything. Samples are then every
-    so-manieth position of one, at least eight in all, none of them nearer to its beginning.
+    A sample is a sequence. From one or two of them the noise of a gain is hardly known: it seems
+    to be none, or three standard errors of it turn down nearly everything. A sample is then every
+    p-th position of a sequence, so that there are at least eight in all; contiguous pieces would
+    differ by where they stand.
 
     Args:
       errors: of every position, on the last axis; those of a sequence are summed.

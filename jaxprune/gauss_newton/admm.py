@@ -23,8 +23,8 @@ from jaxprune.sparsity import Group, Sparsity, keep_highest, keep_mask
 # between 0.003 and 0.1 and ends between 1 and 100 these left the least error on real layers.
 _FIRST_PENALTY = 0.03
 _LAST_PENALTY = 1.0
-# Within the iterations, the threshold of a whole matrix is that of about every so-manieth entry
-# (a stride that does not divide the columns), once it has that many entries.
+# Within the iterations, the threshold of a whole matrix with at least `_LARGE` entries is that of
+# a sample, one entry in each stride (which must not divide the columns).
 _STRIDES = (17, 19, 23)
 _LARGE = 2**16
 

@@ -119,10 +119,9 @@ def distillation_problem(
     weights = movable({name: getattr(blocks, name) for name in names})
     context = DistillationContext(model, dense, keep_masks)
     fit, validation = split_sequences({"tokens": tokens})
-    changed = jnp.tile(
-        validation["tokens"], (math.ceil(_VALIDATING / len(validation["tokens"])), 1)
-    )
-    validation = _changed(context, changed, key, settings)
+    held = validation["tokens"]
+    repeated = jnp.tile(held, (math.ceil(_VALIDATING / len(held)), 1))
+    validation = _changed(context, repeated, key, settings)
     return Problem(distillation, settings, weights, fit, context, names, validation)
 
 

@@ -6,14 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprune.descent.gradual import (
-    refit_descent,
-    split_sequences,
-    validation_samples,
-)
+from jaxprune.descent.gradual import refit_descent, split_sequences, validation_samples
 from jaxprune.descent.loop import descend
 
 
@@ -24,6 +20,7 @@ def test_every_eighth_sequence_validates_and_fits_nothing(count, held):
     assert count == 1 or sorted([*fit["x"].tolist(), *held]) == list(range(count))
 
 
+@settings(deadline=None)
 @given(b=st.integers(1, 12), heads=st.integers(1, 3), n=st.integers(1, 20), seed=st.integers(0, 9))
 def test_samples_are_several_and_have_the_mean_of_the_sequences(b, heads, n, seed):
     errors = np.random.default_rng(seed).exponential(size=(b, heads, n)).astype(np.float32)
