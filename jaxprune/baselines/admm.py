@@ -49,7 +49,7 @@ def admm(
     the changes of the support; inputs are scaled to unit norm before the damping, not after, so
     that the result does not depend on their units; weights of a whole matrix compete, as in ALPS,
     where L-ADMM gives every output as many. On ``W_Q`` and ``W_K`` of two layers of SmolLM2-135M,
-    at 0.5, 0.7 and 2:4, ``‖x (W − W̃)‖²`` is 0.994 to 1.004 of what the code of ALPS leaves.
+    at 0.5, 0.7 and 2:4, ``‖x (W − W̃)‖²`` is 0.994 to 1.004 of what ALPS leaves.
     """
     sparsity = Sparsity.parse(sparsity)
     check_linear(x, w, sparsity)
