@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.artist import Artist
@@ -178,7 +177,10 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
     for axes, there in panels:
         rows = there[there["resumed"] != 1]
         added = (rows["refit"] == 1) & (rows["method"] != "descent") | (rows["distill"] > 0)
-        rows = rows.assign(named=[_method(row) for _, row in rows.iterrows()])
+        rows = rows.assign(
+            named=[_method(row) for _, row in rows.iterrows()],
+            generated=[_generated(row) for _, row in rows.iterrows()],
+        )
         for (name, retrained), points in rows.groupby(["named", added], sort=False):
             look = plotting.style(points["method"].iloc[0])
             axes.plot(
@@ -193,10 +195,10 @@ def draw_cost(metrics: pd.DataFrame) -> Figure:
         # What markers do not say is around them: notes in words would cover each other.
         for frame, shown, within in (
             ("o", "in a ring: one budget", rows["allocate"] != "matrix"),
-            ("s", "in a box: generated text", [_generated(row) for _, row in rows.iterrows()]),
+            ("s", "in a box: generated text", rows["generated"].astype(bool)),
         ):
-            points = rows[np.asarray(within, bool)]
-            if len(points):
+            if within.any():
+                points = rows[within]
                 axes.plot(
                     points["seconds"],
                     points["gap"].clip(lower=_LEAST_GAP),
