@@ -246,7 +246,7 @@ def _ticks(low: float, high: float) -> list[float]:
 def draw_gaps(metrics: pd.DataFrame) -> Figure:
     """Perplexity above the dense model's of every row, a dot for each seed."""
     longest = metrics.groupby(["targets", "sparsity"])["row"].nunique().max()
-    figure, panels = _panels(metrics, width=5.0, height=0.9 + 0.22 * longest, columns=2)
+    figure, panels = _panels(metrics, width=7.0, height=0.9 + 0.22 * longest, columns=2)
     for axes, rows in panels:
         names = list(dict.fromkeys(rows["row"]))
         labels = []
