@@ -27,8 +27,8 @@ sweep: $(READY) ## the paper's synthetic experiment (Figure 2): runs/synthetic
 	$(BIN)/python experiments/synthetic.py --resume --out runs/synthetic
 
 # Files of your own: `make real TEXT=FILE`; some rows alone: `make real ROWS='qk-*'`.
-real: $(READY) ## every method on SmolLM2-135M, fetched once (about four hours): runs/smollm2, docs/smollm2
-	$(BIN)/python experiments/real.py --resume $(if $(TEXT),--calibration '$(TEXT)' --out runs/smollm2-text,--out runs/smollm2) $(if $(ROWS),--rows '$(ROWS)') $(if $(TEXT)$(ROWS),,--save docs/smollm2)
+real: $(READY) ## every method on SmolLM2-135M, fetched once (about four hours): runs/smollm2
+	$(BIN)/python experiments/real.py --resume $(if $(TEXT),--calibration '$(TEXT)' --out runs/smollm2-text,--out runs/smollm2) $(if $(ROWS),--rows '$(ROWS)') $(if $(TEXT)$(ROWS),,--save docs/smollm2_zoo)
 
 headline: $(READY) ## the table of the embedded model, printed (says how long it takes): runs/headline
 	$(BIN)/python experiments/ablation.py --variants descent closed_form mask_only admm wanda sparsegpt magnitude --sparsity 0.5 0.7 2:4 --resume --out runs/headline

@@ -201,6 +201,7 @@ COLUMNS = Columns(
     ("seed", "calibration_error", "divergence", "perplexity_gap", "heldout_error"),
     texts=("variant", "sparsity"),
     known={"variant": VARIANTS},
+    optional=("resumed",),
 )
 
 
@@ -283,12 +284,12 @@ def read(config: Config) -> Material:
     calibration, heldout = calibration_windows(
         data.calibration, tokenizer, windows=data.windows, seqlen=data.seqlen
     )
-    source = data.text or data.calibration
     text = unseen_windows(
-        source,
+        data.text,
         tokenizer,
+        calibration=data.calibration,
+        seen=calibration.tokens.size + heldout.tokens.size,
         seqlen=calibration.tokens.shape[1],
-        seen=calibration.tokens.size + heldout.tokens.size if source == data.calibration else 0,
     )
     return Material(config, folder.resolve(), calibration, heldout, text, Path())
 
@@ -344,6 +345,7 @@ def compute(
     model, started = llama.load(material.folder), time.monotonic()
     settings = settings_of(variant, sparsity, seed, material.config)
     tokens = material.calibration.tokens[: VARIANTS[variant].windows]
+    resumed = out.exists()
     work = RunFolder(out, settings, resume=True)
     rows: list[dict[str, Any]] = []
     with work:
@@ -367,6 +369,7 @@ def compute(
         "dense_perplexity": dense_perplexity,
         "seconds": seconds,
         "peak_memory": peak,
+        "resumed": int(resumed),
     }
 
 

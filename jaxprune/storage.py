@@ -190,13 +190,17 @@ def check_new_folder(out: Path, name: str = "out") -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, name: str = "out") -> Iterator[Path]:
     """Yield a folder beside ``out`` to fill; rename it to ``out`` when all went well.
+
+    Args:
+      out: the folder.
+      name: see ``check_writable``.
 
     Raises:
       InputError: ``out`` exists and is not an empty folder, or cannot be written.
     """
-    check_new_folder(out)
+    check_new_folder(out, name)
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(

@@ -292,10 +292,18 @@ class Part:
         return f"layer{self.layer}-{self.method}-heads{self.heads.start}-{self.heads.stop}"
 
 
-def plan(config: Config, source: Layers, layer: int, method: str) -> list[Part]:
+def heads_together(run: RunFolder, config: Config, source: Layers) -> int:
+    """How many heads are pruned at once: what fits when a run begins, the same when it goes on."""
+    if config.devices.head_batch is not None:
+        return config.devices.head_batch
+    ratios = max(len(ratios_of(method, config, source)) for method in config.chosen)
+    rows = run.part("together", lambda: [{"heads": fitting_heads(source, ratios)}])
+    return int(rows[0]["heads"])
+
+
+def plan(config: Config, source: Layers, layer: int, method: str, together: int) -> list[Part]:
     """Parts of a method in a layer."""
     ratios = tuple(ratios_of(method, config, source))
-    together = config.devices.head_batch or fitting_heads(source, len(ratios))
     return [
         Part(layer, method, range(start, min(start + together, source.heads)), ratios)
         for start in range(0, source.heads, together)
@@ -350,6 +358,7 @@ def compute_layer(
     layer: int,
     config: Config,
     source: Layers,
+    together: int,
     advance: Callable[[str], None],
 ) -> Iterator[dict]:
     """Rows of a layer; the masks of each method in it end in one file."""
@@ -358,7 +367,7 @@ def compute_layer(
     attention: dict[str, np.ndarray] = {}
     for method in config.chosen:
         masks: dict[str, np.ndarray] = {}
-        for part in plan(config, source, layer, method):
+        for part in plan(config, source, layer, method, together):
             work = partial(compute, run, part, problems, config, example)
             yield from run.part(part.name, work)
             arrays = run.part_arrays(part.name)
@@ -368,7 +377,7 @@ def compute_layer(
             advance(part.name)
         write_arrays(run.path / f"keep_masks-layer{layer}-{method}.npz", **masks)
     if attention:
-        dense = example_attention(problems, problems.w[head])
+        dense = example_attention(problems, problems.heads(slice(head, head + 1)).w[0])
         named = {"layer": layer, "head": head, "ratio": config.middle}
         write_arrays(run.path / EXAMPLE, dense=dense, **attention, **named)
 
@@ -563,8 +572,9 @@ def prepare(config: Config) -> Experiment:
     def rows(run: RunFolder) -> list[dict[str, Any]]:
         write_json(run.path / "protocol.json", source.protocol)
         rows: list[dict[str, Any]] = []
+        together = heads_together(run, config, source)
         total = sum(
-            len(plan(config, source, layer, method))
+            len(plan(config, source, layer, method, together))
             for layer in source.indices
             for method in config.chosen
         )
@@ -575,7 +585,7 @@ def prepare(config: Config) -> Experiment:
                 bar.update()
 
             for layer, problems in source.read():
-                rows += compute_layer(run, problems, layer, config, source, advance)
+                rows += compute_layer(run, problems, layer, config, source, together, advance)
         return rows
 
     return Experiment(rows, source.inputs)

@@ -150,15 +150,21 @@ class Config:
         """
         if self.run.resume or self.run.repeat is not None:
             return
-        descends = self.method == "descent" or self.refit
+        descends = self.refit or (
+            self.method == "descent" and (self.start == "dense" or not self.no_refit)
+        )
+        reads = (
+            self.method != "magnitude" or self.refit or self.distill or self.allocate != "matrix"
+        )
         shared, standing = self.allocate != "matrix", defaults(Config)
         # By name: where it has no effect, and whether that is here.
         used = {
-            "steps": (f"on {self.method}", descends or self.steps is None),
-            "no_propagate": (
-                f"on {self.method}",
-                self.propagate or (self.targets == "qk" and self.uses_attention),
+            "steps": (
+                f"on {self.method}" + " without a refit" * self.no_refit,
+                descends or self.steps is None,
             ),
+            "no_propagate": ("with --targets all", self.propagate or self.targets == "qk"),
+            "generated": (f"on {self.method}", reads or not self.generated),
             "start": (f"on {self.method}", self.method == "descent" or self.start != "dense"),
             "lowest": ("with --allocate matrix", shared or self.lowest == standing["lowest"]),
             "highest": ("with --allocate matrix", shared or self.highest == standing["highest"]),
@@ -166,11 +172,6 @@ class Config:
         for name, (where, fine) in used.items():
             if not fine:
                 raise InputError(f"{flags.flag_of(name)}: has no effect {where}; leave it out")
-
-    @property
-    def uses_attention(self) -> bool:
-        """Whether the method looks at attention, on the pruned model or on the dense one."""
-        return self.method in ("descent", "gauss-newton") or self.refit
 
     def arguments(self) -> dict[str, Any]:
         """Those of ``prune_checkpoint``."""

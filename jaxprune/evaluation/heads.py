@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune.attention import check_finite, contract
+from jaxprune.attention import check_finite
 from jaxprune.errors import InputError
 from jaxprune.evaluation.comparison import FusedProblem
 from jaxprune.evaluation.fused_llama import check_fusable
@@ -158,7 +158,8 @@ class FusedHeads:
       layers: that heads will be asked for.
 
     Raises:
-      InputError: the model or text cannot be read, or there is no such layer.
+      InputError: the model or text cannot be read, there is no such layer, or attention that fused
+        weights do not describe.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class FusedHeads:
         check_sizes(1, seqlen)
         folder = llama.locate(model)
         self.config = llama.load_config(folder)
+        check_fusable(self.config)
         _check_layers(layers, self.config)
         windows, _ = calibration_windows(
             calibration,
@@ -181,12 +183,7 @@ class FusedHeads:
     def heads(self, layer: int) -> tuple[Float[Array, "h 1 n d"], Float[Array, "h d d"]]:
         """Activations, and ``W = W_Q W_Kᵀ/√k`` of every query head."""
         x = next(islice(attention_inputs(self._model, self._tokens), layer, None))
-        weights = self._model.block_weights(layer)
-        wq, wk = (
-            w.reshape(x.shape[-1], -1, self.config.head_dim) for w in (weights.wq, weights.wk)
-        )
-        wk = jnp.repeat(wk, wq.shape[1] // wk.shape[1], axis=1)
-        w = contract("dhk,ehk->hde", wq, wk) / np.sqrt(self.config.head_dim)
+        w = of_block(self._model.block_weights(layer), self.config, x, x[:0]).w
         return jnp.broadcast_to(x, (w.shape[0], *x.shape)), w
 
 

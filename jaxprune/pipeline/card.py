@@ -48,6 +48,7 @@ class Outcome:
     Attributes:
       texts: protocols of the windows, ``calibration`` and ``heldout``.
       zeros: entries removed, of all pruned matrices together.
+      achieved: fraction of them, of the entries of all pruned matrices.
       parameters: of the model.
       achieved_sparsity: fraction of zeros in every pruned matrix, one number a block.
       attention_error: rows with ``layer``, ``head``, ``calibration_error``, ``heldout_error``.
@@ -55,6 +56,7 @@ class Outcome:
 
     texts: Mapping[str, Mapping[str, Any]]
     zeros: int
+    achieved: float
     parameters: int
     achieved_sparsity: Mapping[str, Sequence[float]]
     attention_error: Sequence[Mapping[str, Any]]
@@ -166,13 +168,13 @@ def _what(
 
 
 def _how(settings: PruneSettings, config: LlamaConfig, dtype: str, outcome: Outcome) -> str:
-    achieved = [v for values in outcome.achieved_sparsity.values() for v in values]
+    each = [v for values in outcome.achieved_sparsity.values() for v in values]
     fit, heldout = (_windows(outcome.texts[name]) for name in ("calibration", "heldout"))
     if settings.generated:
         fit += f"; and on {settings.generated:,} more that the dense model wrote"
     rows = {
         "Method": f"`{settings.method}`: {method_in_words(settings, config)}",
-        "Sparsity": f"{_asked(settings)}; achieved: {_range(achieved)}",
+        "Sparsity": f"{_asked(settings)}; achieved: {_range(outcome.achieved, each)}",
         "Calibrated on": fit,
         "Held out": heldout,
         "Computed in": f"{dtype}, seed {settings.seed}",
@@ -206,7 +208,7 @@ def method_in_words(settings: PruneSettings, config: LlamaConfig) -> str:
         parts.append("of which the mask alone was taken: kept weights are the dense model's")
     if distilled := distillation_steps(settings, config):
         parts.append(f"then all of them to the dense model's predictions, {distilled} steps")
-    if not settings.propagate and qk and (settings.refits or settings.first == "gauss-newton"):
+    if not settings.propagate:
         parts.append("every block on the activations of the dense model")
     return "; ".join(parts)
 
@@ -224,10 +226,10 @@ def _asked(settings: PruneSettings) -> str:
     )
 
 
-def _range(fractions: Sequence[float]) -> str:
+def _range(achieved: float, fractions: Sequence[float]) -> str:
     least, greatest = min(fractions), max(fractions)
     spread = f", from {least:.4f} to {greatest:.4f} of a matrix" if least < greatest else ""
-    return f"{np.mean(fractions):.4f}{spread}"
+    return f"{achieved:.4f}{spread}"
 
 
 def _windows(protocol: Mapping[str, Any]) -> str:

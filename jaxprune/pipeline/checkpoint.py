@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
@@ -20,14 +22,14 @@ from jaxprune.evaluation.summary import ratio_figure, summary_figure
 from jaxprune.models import llama
 from jaxprune.models.llama.checkpoint import context_note, write_weights
 from jaxprune.models.llama.files import CARD_FILE, check_outside, checkpoint_hashes
-from jaxprune.models.llama.modeling import parameter_count
+from jaxprune.models.llama.modeling import block_shapes, parameter_count
 from jaxprune.pipeline.card import Outcome, model_card
 from jaxprune.pipeline.model import Progress, distillation_steps, prune_model, units
 from jaxprune.pipeline.settings import TARGETS, PruneSettings
 from jaxprune.runs import plotting
 from jaxprune.runs.configuration import configuration, differing
 from jaxprune.runs.folder import RunFolder, recorded_configuration
-from jaxprune.sharding import check_mesh, on_process_zero, use_mesh
+from jaxprune.sharding import check_mesh, is_writer, on_process_zero, use_mesh
 from jaxprune.sparsity import Sparsity
 from jaxprune.storage import (
     check_new_folder,
@@ -162,6 +164,7 @@ class PruneReport:
 
     Attributes:
       out: folder of the new checkpoint.
+      zeros: fraction of exact zeros among the entries of all pruned matrices.
       achieved_sparsity: fraction of exact zeros in every pruned matrix, one number a block.
       attention_error: a row for every head of every block, ``calibration_error`` and
         ``heldout_error`` relative to the dense attention, each on as many windows as are held out.
@@ -169,16 +172,17 @@ class PruneReport:
     """
 
     out: Path
+    zeros: float
     achieved_sparsity: dict[str, list[float]]
     attention_error: list[dict[str, Any]]
     seconds: float | None
 
     def __str__(self) -> str:
-        removed = np.mean([v for values in self.achieved_sparsity.values() for v in values])
         mean = pd.DataFrame(self.attention_error)[["calibration_error", "heldout_error"]].mean()
         return (
-            f"{self.out}: {removed:.4f} of the pruned matrices is zero; relative attention error "
-            f"{mean['calibration_error']:.4f} on calibration, {mean['heldout_error']:.4f} held-out"
+            f"{self.out}: {self.zeros:.4f} of the pruned matrices is zero; "
+            f"relative attention error {mean['calibration_error']:.4f} on calibration, "
+            f"{mean['heldout_error']:.4f} held-out"
         )
 
 
@@ -301,7 +305,9 @@ def prune_checkpoint(
     if resume and _finished_before(out, request):
         on_process_zero(lambda: shutil.rmtree(work, ignore_errors=True))
         report = read_json(out / "pruning.json")
-        return PruneReport(out, report["achieved_sparsity"], report["attention_error"], None)
+        achieved = report["achieved_sparsity"]
+        zeros = _zeros(achieved, llama.load_config(out))
+        return PruneReport(out, zeros, achieved, report["attention_error"], None)
     on_process_zero(lambda: check_new_folder(out))
     folder = llama.locate(request.model)
     config = llama.load_config(folder)
@@ -318,8 +324,8 @@ def prune_checkpoint(
     note = context_note(folder, fit.tokens.shape[1])
     if warn is not None and note is not None:
         warn(note)
-    if announce is not None:
-        announce(_plan(settings, config, fit, fresh))
+    if announce is not None and is_writer():
+        announce(_plan(settings, config, fit, fresh, dtype))
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_mesh(mesh, config.num_key_value_heads))
         loaded = llama.load(folder, dtype)  # weights that cannot be used show before hashing
@@ -328,7 +334,9 @@ def prune_checkpoint(
             "calibration": fit.hashes(),
             "heldout": fresh.hashes(),
         }
-        run = stack.enter_context(RunFolder(work, request, resume=resume, inputs=inputs))
+        # A hidden folder beside what was asked for, no argument of anyone.
+        hidden = RunFolder(work, request, resume=resume, inputs=inputs, name="")
+        run = stack.enter_context(hidden)
         if resume:
             on_process_zero(lambda: remove_partial_folders(out))
         masks: dict[str, np.ndarray] = {}
@@ -341,7 +349,8 @@ def prune_checkpoint(
             masks |= {f"{layer}.{name}": mask for name, mask in kept.items()}
             rows += new
         seconds = time.monotonic() - began
-        result = PruneReport(out, _achieved_sparsity(loaded, targets), rows, seconds)
+        achieved = _achieved_sparsity(loaded, targets)
+        result = PruneReport(out, _zeros(achieved, config), achieved, rows, seconds)
         texts = {"calibration": fit.protocol, "heldout": fresh.protocol}
         on_process_zero(lambda: _write(request, result, loaded, folder, masks, texts, run))
     run.remove()
@@ -357,12 +366,16 @@ def _finished_before(out: Path, request: PruneRequest) -> bool:
 
 
 def _plan(
-    settings: PruneSettings, config: llama.LlamaConfig, fit: Windows, heldout: Windows
+    settings: PruneSettings,
+    config: llama.LlamaConfig,
+    fit: Windows,
+    heldout: Windows,
+    dtype: str,
 ) -> str:
     # Where the dense stream is whole, what the block at hand makes of it is held beside it.
     seen = fit.tokens.size + settings.generated * fit.tokens.shape[1]
     dense = 2 * seen if settings.needs_dense_stream else heldout.tokens.size
-    hidden = 4 * config.hidden_size * (dense + seen + heldout.tokens.size)
+    hidden = jnp.dtype(dtype).itemsize * config.hidden_size * (dense + seen + heldout.tokens.size)
     line = (
         f"{settings.method} on {', '.join(settings.names)} of {config.num_hidden_layers} blocks; "
         f"besides the weights and one block's work, {hidden / 2**20:.0f} MiB of hidden states are "
@@ -382,6 +395,14 @@ def _achieved_sparsity(model: llama.Llama, targets: str) -> dict[str, list[float
         name: [float(np.mean(np.asarray(matrix) == 0)) for matrix in getattr(blocks, name)]
         for name in TARGETS[targets]
     }
+
+
+def _zeros(achieved: Mapping[str, Sequence[float]], config: llama.LlamaConfig) -> float:
+    """Fraction of zeros among all entries of matrices of which each has its own."""
+    shapes = block_shapes(config)
+    sizes = {name: math.prod(getattr(shapes, name)) for name in achieved}
+    gone = sum(sizes[name] * sum(fractions) for name, fractions in achieved.items())
+    return gone / sum(sizes[name] * len(fractions) for name, fractions in achieved.items())
 
 
 def _write(
@@ -408,6 +429,7 @@ def _write(
     outcome = Outcome(
         texts,
         sum(int((~mask).sum()) for mask in masks.values()),
+        result.zeros,
         parameter_count(model.config),
         result.achieved_sparsity,
         result.attention_error,

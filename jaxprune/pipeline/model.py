@@ -270,7 +270,7 @@ class _Plan(NamedTuple):
     Attributes:
       number: of the round, from 1.
       sparsity: of every matrix, by its name, for each block.
-      curvature: of the predictions, where it is needed.
+      curvature: of the predictions, where masks are found on it.
       for_masks: windows that masks are found on.
     """
 
@@ -307,7 +307,8 @@ def _plan(
     def planned(number: int, curvature: Curvature) -> _Plan:
         shared = settings.allocate != "matrix"
         sparsity = share_out(model, curvature, settings) if shared else even
-        return _Plan(number, sparsity, curvature, for_masks)
+        kept = curvature if settings.on_predictions else None
+        return _Plan(number, sparsity, kept, for_masks)
 
     plan = planned(1, _curvature(model, seen, 1, settings, report))
     for number in range(2, settings.rounds + 1):
@@ -405,11 +406,11 @@ def _find_masks(
 ) -> Solution:
     """Masks and weights of a block by a method without steps."""
     sparsity = plan.sparsity[layer]
+    if not settings.propagate:
+        streams = streams._replace(pruned=streams.dense)
     if settings.on_predictions:
         assert plan.curvature is not None
         curvature = plan.curvature[layer]
-        if settings.targets == "qk" and not settings.propagate:
-            streams = streams._replace(pruned=streams.dense)
         return block_closed_form(dense, streams, curvature, sparsity, settings)
     if settings.closed_form:
         return query_key_closed_form(dense, streams, sparsity, settings, key)

@@ -56,7 +56,8 @@ class PruneSettings:
       highest: greatest ratio of a matrix.
       rounds: of the closed form on predictions: each but the last prunes the dense model so that
         their curvature is taken of what it leaves too.
-      propagate: calibrate on the model as pruned so far (``all`` always does).
+      propagate: calibrate on the model as pruned so far; else, for ``qk`` alone, every block on
+        the dense model's activations.
       steps: of a descent; the preset's if ``None``.
       distill: steps of the distillation at the end, of all kept weights; if ``None``, the
         preset's after ``descent`` in models of up to 100 million parameters, else none.
@@ -144,6 +145,8 @@ class PruneSettings:
                 f"lowest {self.lowest:g}, highest {self.highest:g}: expected "
                 "0 <= lowest <= highest <= 1"
             )
+        if not self.propagate and self.targets != "qk":
+            raise InputError("propagate=False: only with targets=qk")
         self._check_metric()
         self._check_allocation()
         if self.rounds < 1:

@@ -37,15 +37,20 @@ from jaxprune.storage import (
     read_arrays,
     read_json,
     remove_partial_files,
-    work_folder,
+    replacing,
     write_json,
 )
 
 _RECORDED_PACKAGES = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors")
+# Compiler, precision and the kernels of LAPACK: with others, last bits differ.
+_RECORDED_VARIABLES = (
+    *("JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64", "NVIDIA_TF32_OVERRIDE"),
+    *("OMP_NUM_THREADS", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "XLA_FLAGS"),
+)
 
 
 def environment() -> dict[str, Any]:
-    """What a number depends on besides the configuration: versions, device, command."""
+    """What a number depends on besides the configuration: versions, variables, device, command."""
     device = jax.devices()[0]
     versions = {}
     for package in _RECORDED_PACKAGES:
@@ -56,6 +61,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
+        "variables": {name: os.environ[name] for name in _RECORDED_VARIABLES if name in os.environ},
         "backend": jax.default_backend(),
         "device": device.device_kind,
         "device_count": jax.device_count(),
@@ -72,8 +78,8 @@ class RunFolder:
             rows = run.part("k16", lambda: compute(...))   # computed once, then read back
             run.write_metrics(rows)
 
-    Where wrong input only shows while a new run is under way (``InputError`` in the block), the
-    folder is taken away again: nothing in it could be continued.
+    Where wrong input only shows while a new run is under way (``InputError`` in the block) and no
+    part is finished, the folder is taken away again: nothing in it could be continued.
 
     Raises:
       InputError: the folder cannot be written, holds another run (other settings or inputs, or the
@@ -85,6 +91,7 @@ class RunFolder:
       config: dataclass of settings.
       resume: go on with the run that is there.
       inputs: flag to ``hashes`` of what it names; kept with the run.
+      name: of the argument that names the folder, for messages; empty where none does.
     """
 
     def __init__(
@@ -94,16 +101,14 @@ class RunFolder:
         *,
         resume: bool = False,
         inputs: Mapping[str, Mapping[str, str]] | None = None,
+        name: str = "out",
     ) -> None:
         self.path = Path(out)
         self.inputs = {flag: dict(files) for flag, files in (inputs or {}).items()}
         self._config = config
         self._resume = resume
-        values = flat(config)
-        self._repeats: Path | None = values.get("repeat")
-        # A hidden folder beside what was asked for is no argument of anyone.
-        hidden = "out" in values and self.path == work_folder(values["out"])
-        self._where = f"{self.path}" if hidden else f"out {self.path}"
+        self._repeats: Path | None = flat(config).get("repeat")
+        self._name, self._where = name, f"{name} {self.path}".lstrip()
 
     def __enter__(self) -> RunFolder:
         on_process_zero(self._open)
@@ -117,7 +122,7 @@ class RunFolder:
         self._fresh = not (self._home.is_dir() and any(self._home.iterdir()))
         self._check_whose()
         self._made = [p for p in self._home.parents if not p.exists()]
-        check_writable(self.path, self._where.removesuffix(f"{self.path}").rstrip())
+        check_writable(self.path, self._name)
         self._lock = filelock.FileLock(self._home / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -134,7 +139,8 @@ class RunFolder:
             self._close(kind)
 
     def _close(self, kind: type[BaseException] | None) -> None:
-        if self._fresh and kind is not None and issubclass(kind, InputError):
+        refused = kind is not None and issubclass(kind, InputError)
+        if self._fresh and refused and not any(self._parts.glob("*.json")):
             shutil.rmtree(self._home, ignore_errors=True)
             for parent in self._made:  # innermost first
                 with contextlib.suppress(OSError):
@@ -221,8 +227,8 @@ class RunFolder:
         return read_json(self.path / "environment.json")
 
     def finished(self, name: str) -> bool:
-        """Whether the part ``name`` needs no more computing."""
-        return (self._parts / f"{name}.json").exists()
+        """Whether the part ``name`` needs no more computing, as process 0 sees it."""
+        return broadcast_flag((self._parts / f"{name}.json").exists())
 
     def part(self, name: str, compute: Callable[[], Sequence[dict[str, Any]]]) -> list[dict]:
         """Rows of the part ``name``: read back where finished, else computed and kept.
@@ -232,9 +238,8 @@ class RunFolder:
         Raises:
           InputError: what was kept is not what was written.
         """
-        file = self._parts / f"{name}.json"
-        if not broadcast_flag(file.exists()):
-            rows = list(compute())
+        if not self.finished(name):
+            rows, file = list(compute()), self._parts / f"{name}.json"
             on_process_zero(lambda: write_json(file, self._with_digest(name, rows)))
         return cast(list[dict], self._read_part(name)["rows"])
 
@@ -331,6 +336,29 @@ def figures_of(folder: Path) -> Path:
     return figures
 
 
+def check_record(config: Any, folder: Path, name: str) -> None:
+    """Whose record a folder holds, before the run that ``keep_record`` is to copy there.
+
+    Args:
+      config: settings of the run.
+      folder: where its record is to go.
+      name: of the argument that names it.
+
+    Raises:
+      InputError: it is that of a run of other settings.
+    """
+    settings = folder / "config.json"
+    if settings.exists():
+        there = read_json(settings)
+        differs = differing(there, config)
+        if differs is not None:
+            raise InputError(
+                f"{name} {folder}: holds the record of a run with {differs} "
+                f"{_shown(there.get(differs))}, not {_shown(configuration(config).get(differs))}; "
+                "choose another folder"
+            )
+
+
 def keep_record(run: Path, folder: Path, name: str, *, metrics: str = "metrics.csv") -> None:
     """Copy what tables are written from, and hashes of inputs, to a folder that lasts.
 
@@ -352,7 +380,8 @@ def keep_record(run: Path, folder: Path, name: str, *, metrics: str = "metrics.c
         return
     for file in (*record, "inputs.json"):
         if (run / file).is_file():
-            shutil.copyfile(run / file, folder / file)
+            with replacing(folder / file) as partial:
+                shutil.copyfile(run / file, partial)
 
 
 def _shown(value: Any) -> str:

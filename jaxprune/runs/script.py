@@ -185,10 +185,11 @@ def compare(original: Path, out: Path) -> int:
     then, now = recorded(original).environment, environment()
     changed = [
         f"{key} {then.get(key)} then, {now[key]} now"
-        for key in ("versions", "platform", "backend", "device")
-        if then.get(key) != now[key]
+        for key in ("versions", "variables", "platform", "backend", "device")
+        # Version 0.1 recorded no variables.
+        if then.get(key) != now[key] and (key in then or key != "variables")
     ]
-    print("; ".join(changed) or "versions and device are those of the original")
+    print("; ".join(changed) or "versions, variables and device are those of the original")
     return 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,8 @@ def evaluation_windows(
     if bos_per_window and tokenizer.bos_id is None:
         raise InputError("bos_per_window: the tokenizer of this model has no BOS")
     if source == "paper":
+        if bos_per_window:
+            raise InputError("bos_per_window: not with the windows of `paper`; leave it out")
         count = preset.heldout if windows is None else windows
         return _drawn(corpora.c4_validation(), tokenizer, count, seqlen, seed=0)
     corpus = corpora.evaluation_corpus(preset.text if source in PRESETS else source)
@@ -162,24 +165,34 @@ def evaluation_windows(
 
 
 def unseen_windows(
-    source: str, tokenizer: Tokenizer, *, seqlen: int, seen: int, windows: int | None = None
+    source: str | None,
+    tokenizer: Tokenizer,
+    *,
+    calibration: str,
+    seen: int,
+    seqlen: int,
+    windows: int | None = None,
 ) -> Windows:
-    """Windows to evaluate on of a running text that also gave those to calibrate on.
+    """Windows to evaluate on, of a running text beyond what it gave to calibrate on.
 
     Corpora with a part of their own to evaluate on give windows of that part.
 
     Args:
-      source: ``zoo``, ``c4``, ``wikitext2``, a file, or one of ``PRESETS``.
+      source: ``zoo``, ``c4``, ``wikitext2``, a file, or one of ``PRESETS``; if ``None``, that of
+        ``calibration``.
       tokenizer: of the model.
+      calibration: source of the windows to calibrate on.
+      seen: tokens at the beginning of that file that are not to be used.
       seqlen: of the windows.
-      seen: tokens at the beginning of a file that are not to be used.
       windows: how many, or as many as there are, if fewer; all if ``None``.
 
     Raises:
       InputError: as ``evaluation_windows``; or no window is left.
     """
+    source = calibration if source is None else source
     text = evaluation_windows(source, tokenizer, seqlen=seqlen)
-    skip = 0 if source in (*corpora.NAMED, *PRESETS) else -(-seen // seqlen)
+    parted = source in (*corpora.NAMED, *PRESETS) or calibration in (*corpora.NAMED, *PRESETS)
+    skip = 0 if parted or not Path(source).samefile(calibration) else -(-seen // seqlen)
     tokens = text.tokens[skip:][:windows]
     if not len(tokens):
         raise InputError(f"{source}: nothing is left after {skip} windows; use another `text`")

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from jaxprune.evaluation.comparison import METHODS, ON_PROJECTIONS
 from jaxprune.evaluation.heads import from_model, read_layer
 from jaxprune.runs.configuration import as_recorded
 from jaxprune.runs.flags import parse_flags
+from jaxprune.runs.folder import RunFolder
 
 COLUMNS = ["layer", "head", "method", "ratio"]
 COLUMNS += ["calibration_error", "heldout_error", "stored_weights", "lam"]
@@ -155,6 +157,18 @@ def test_a_run_of_version_0_1_goes_on_with_its_methods(heads):
 def of_shape(heads, layers, count, d, n):
     """Layers of that many heads, of which only the sizes are known."""
     return heads.Layers(tuple(range(layers)), count, d, 64, n, 1, iter, {})
+
+
+def test_heads_go_together_as_when_the_run_began(heads, tmp_path, monkeypatch):
+    source = of_shape(heads, 2, 8, 64, 16)
+    config = heads.Config(methods=("wanda", "descent"))
+    for free, expected in ((3, 3), (1, 3)):
+        monkeypatch.setattr(heads, "fitting_heads", lambda source, ratios, free=free: free)
+        with RunFolder(tmp_path / "run", config, resume=True) as run:
+            assert heads.heads_together(run, config, source) == expected
+            assert len(heads.plan(config, source, 0, "wanda", expected)) == 3
+    given = replace(config, devices=replace(config.devices, head_batch=2))
+    assert heads.heads_together(run, given, source) == 2
 
 
 def test_algorithm_1_is_left_out_where_it_takes_hours_unless_asked_for(heads, capsys):

@@ -40,7 +40,8 @@ def text(tmp_path):
 
 def flags(model, text, out, *more, distill=0):
     fixed = ["--windows", "8", "--seqlen", "32", "--heldout", "2", "--distill", distill]
-    if "--method" not in more or "descent" in more or "--refit" in more:
+    descends = "--method" not in more or "descent" in more or "--refit" in more
+    if descends and "--no-refit" not in more:
         fixed += ["--steps", "60"]
     named = ["--model", model, "--calibration", text, "--out", out]
     return [str(a) for a in (*named, *fixed, *more)]
@@ -107,7 +108,7 @@ def check_pruned(prune, model, text, tmp_path, method, sparsity, targets):
     ],
 )
 def test_a_shared_budget_is_kept_to_the_entry(
-    prune, checkpoint, text, tmp_path, method, allocate, targets
+    prune, checkpoint, text, tmp_path, capsys, method, allocate, targets
 ):
     model, out = checkpoint(MODEL), tmp_path / "out"
     more = ("--method", method, "--allocate", allocate, "--targets", targets, "--highest", "0.9")
@@ -122,6 +123,9 @@ def test_a_shared_budget_is_kept_to_the_entry(
     assert max(ratios) > min(ratios)
     assert max(ratios) <= 0.9
     assert (out / "ratios.png").exists()
+    # Of all entries, whatever the sizes of the matrices.
+    assert "0.5000 of the pruned matrices is zero" in capsys.readouterr().out
+    assert "achieved: 0.5000, from" in (out / "README.md").read_text()
 
 
 def test_a_baseline_may_be_retrained_like_descent(prune, checkpoint, text, tmp_path):
@@ -304,7 +308,9 @@ def test_killed_and_resumed_gives_the_same_bits(checkpoint, text, tmp_path):
         (("--metric", "attention", "--targets", "all"), "--metric attention: only with --targets"),
         (("--steps", "0"), "--steps"),
         (("--steps", "9", "--method", "magnitude"), "--steps: has no effect on magnitude"),
-        (("--no-propagate", "--method", "wanda"), "--no-propagate: has no effect on wanda"),
+        (("--no-refit", "--steps", "9"), "--steps: has no effect on descent without a refit"),
+        (("--generated", "2", "--method", "magnitude"), "--generated: has no effect on magnitude"),
+        (("--no-propagate", "--targets", "all"), "--no-propagate: has no effect with --targets"),
         (("--mesh", "1x64"), "--mesh 1x64: expected SxH whose product"),
         (("--mesh", "wide", "--calibration", "c4"), "--mesh wide: expected SxH"),
         (("--coordinator", "nonsense"), "--coordinator 'nonsense': expected HOST:PORT"),

@@ -49,6 +49,22 @@ def calls(real, monkeypatch):
     return made
 
 
+def test_the_record_of_another_run_is_not_replaced(real, where, calls, tmp_path, capsys):
+    out, saved = tmp_path / "run", tmp_path / "saved"
+    flags = [*where, "--out", str(out), "--save", str(saved)]
+    assert real.main([*flags, "--rows", ROWS[0]]) == 0
+    assert real.main([*flags, "--rows", *ROWS, "--resume"]) == 0  # more rows of the same run
+    kept = (saved / "metrics.csv").read_text()
+    count = len(calls)
+    other = [*where, "--eval-windows", "1", "--out", str(tmp_path / "other"), "--save", str(saved)]
+    assert real.main(other) == 2
+    assert "--save" in (message := capsys.readouterr().err)
+    assert "holds the record of a run with eval_windows 4, not 1; choose" in message
+    assert len(calls) == count
+    assert (saved / "metrics.csv").read_text() == kept
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_interrupted_table_goes_on_and_is_drawn_again(
     real, where, calls, tmp_path, capsys, monkeypatch
 ):

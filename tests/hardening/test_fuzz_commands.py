@@ -188,7 +188,8 @@ def wrong(given, switches):
         return True
     pattern, ratio = ":" in get["sparsity"], Sparsity.parse(get["sparsity"]).ratio
     descends, shared = get["method"] == "descent", get["allocate"] != "matrix"
-    looks = descends or get["method"] == "gauss-newton" or "refit" in switches
+    adapts = descends and (get["start"] == "dense" or "no-refit" not in switches)
+    reads = get["method"] != "magnitude" or "refit" in switches or get["distill"] not in ("", "0")
     low, high = float(get["lowest"]), float(get["highest"])
     from_closed_form = get["method"] == "gauss-newton" or (
         descends and get["start"] == "gauss-newton"
@@ -202,9 +203,10 @@ def wrong(given, switches):
             "no-refit" in switches and not (descends and get["targets"] == "qk"),
             "no-refit" in switches and get["distill"] == "5",
             "public" in switches and "push" not in given,
-            "steps" in given and not (descends or "refit" in switches),
+            "steps" in given and not (adapts or "refit" in switches),
             get["start"] == "dense" and not descends,
-            "no-propagate" in switches and not (get["targets"] == "qk" and looks),
+            get["generated"] != "0" and not (reads or shared),
+            "no-propagate" in switches and get["targets"] == "all",
             shared and (pattern or get["start"] == "dense"),
             low > high,
             shared and not low <= ratio <= high,
@@ -220,6 +222,7 @@ DEFAULTS = {
     **{"method": "descent", "targets": "qk", "sparsity": "0.5", "start": "gauss-newton"},
     **{"metric": "", "allocate": "matrix", "lowest": "0", "highest": "0.95", "distill": ""},
     "rounds": "1",
+    "generated": "0",
 }
 GOOD = {
     "method": METHODS,

@@ -11,8 +11,10 @@ import pytest
 from tiny_llama import CONFIG as ONE_LAYER
 
 from jaxprune.attention import rms_norm
+from jaxprune.baselines import sparsegpt
+from jaxprune.errors import InputError
 from jaxprune.gauss_newton import kronecker_admm
-from jaxprune.models.llama.activations import next_hidden
+from jaxprune.models.llama.activations import attention_inputs, next_hidden
 from jaxprune.models.llama.modeling import Llama
 from jaxprune.pipeline import PruneSettings, prune_model
 from jaxprune.runs.folder import RunFolder
@@ -71,6 +73,21 @@ def test_without_propagation_the_second_block_does_not_see_what_the_first_has_lo
     after = run(tmp_path / "after", settings_of())
     np.testing.assert_array_equal(alone[0].wq, after[0].wq)
     assert (alone[1].wq != after[1].wq).any()
+
+
+def test_a_baseline_without_propagation_sees_the_dense_model(tmp_path):
+    choice = {"method": "sparsegpt", "metric": None}
+    alone = run(tmp_path / "alone", settings_of(propagate=False, **choice))
+    after = run(tmp_path / "after", settings_of(**choice))
+    for layer, x in enumerate(attention_inputs(DENSE, jnp.asarray(READ))):
+        expected = sparsegpt(x, DENSE.block_weights(layer).wq, Sparsity(0.5)).weight
+        np.testing.assert_allclose(alone[layer].wq, expected, rtol=1e-3, atol=1e-5)
+    assert (alone[1].wq != after[1].wq).any()
+
+
+def test_all_maps_are_always_pruned_on_the_model_as_pruned_so_far():
+    with pytest.raises(InputError, match="propagate=False: only with targets=qk"):
+        PruneSettings("wanda", "all", Sparsity(0.5), propagate=False).check_names()
 
 
 def test_the_metric_of_attention_is_the_usual_one_and_takes_no_curvature(tmp_path, taken):

@@ -79,7 +79,9 @@ def test_arrays_come_back(tmp_path):
     assert files(tmp_path) == ["a.npz"]
 
 
-def test_a_new_run_says_what_and_where_it_was(tmp_path):
+def test_a_new_run_says_what_and_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    monkeypatch.delenv("JAX_ENABLE_X64", raising=False)
     with RunFolder(tmp_path / "deep" / "run", Settings()) as run:
         assert run.figures.is_dir()
     config = json.loads((run.path / "config.json").read_text())
@@ -87,6 +89,8 @@ def test_a_new_run_says_what_and_where_it_was(tmp_path):
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["versions"]["jax"]
     assert {"command", "python", "backend", "device", "cpu_count"} <= environment.keys()
+    assert environment["variables"]["OPENBLAS_CORETYPE"] == "Haswell"
+    assert "JAX_ENABLE_X64" not in environment["variables"]
 
 
 def test_a_finished_part_is_read_back_and_not_computed_again(tmp_path):
@@ -240,6 +244,20 @@ def test_folders_that_hold_something_else_are_left_alone(tmp_path):
     with RunFolder(begun, Settings(), resume=True) as run:
         assert run.part("a", lambda: [{"error": 1}]) == [{"error": 1}]
     assert (begun / "config.json").exists()
+
+
+def test_what_is_finished_outlasts_an_error(tmp_path):
+    out = tmp_path / "run"
+
+    def fail():
+        with RunFolder(out, Settings()) as run:
+            run.part("a", lambda: [{"error": 1}])
+            raise InputError("late")
+
+    with pytest.raises(InputError, match="late"):
+        fail()
+    with RunFolder(out, Settings(), resume=True) as run:
+        assert run.finished("a")
 
 
 def test_folders_on_the_way_to_a_failed_run_are_taken_away(tmp_path):
@@ -409,7 +427,7 @@ def test_what_a_killed_write_left_is_swept(tmp_path):
 
 def test_a_hidden_folder_is_not_called_by_the_name_of_an_argument(tmp_path):
     settings = Settings(out=tmp_path / "out")
-    with RunFolder(tmp_path / ".out.work", settings):
+    with RunFolder(tmp_path / ".out.work", settings, name=""):
         pass
     with pytest.raises(InputError, match=rf"^{tmp_path}/\.out\.work holds a run already"):
-        RunFolder(tmp_path / ".out.work", settings).__enter__()
+        RunFolder(tmp_path / ".out.work", settings, name="").__enter__()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -108,6 +109,20 @@ def test_perplexity_windows_have_one_bos_in_all_or_one_each(tokenizer, text):
     assert each.protocol["bos"] == "each"
     first = data.evaluation_windows(str(text), tokenizer, seqlen=64, windows=4)
     np.testing.assert_array_equal(first.tokens, one.tokens[:4])
+
+
+def test_a_text_by_two_names_is_one_whose_beginning_was_seen(tokenizer, text, monkeypatch):
+    monkeypatch.chdir(text.parent)
+    every = data.evaluation_windows(str(text), tokenizer, seqlen=64).tokens
+    unseen = partial(data.unseen_windows, tokenizer=tokenizer, seen=100, seqlen=64)
+    for source in (None, text.name, f"./{text.name}"):
+        left = unseen(source, calibration=str(text))
+        np.testing.assert_array_equal(left.tokens, every[2:])
+        assert left.protocol["after"] == 2
+    other = text.with_name("other.txt")
+    other.write_text(text.read_text())
+    np.testing.assert_array_equal(unseen(str(other), calibration=str(text)).tokens, every)
+    np.testing.assert_array_equal(unseen(str(text), calibration="zoo").tokens, every)
 
 
 def test_without_a_bos_windows_are_text_alone(checkpoint, text):
