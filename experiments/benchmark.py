@@ -136,7 +136,7 @@ class Config:
     quick: flags.Flag = False
     """small shapes and few turns"""
     layers: int = 16
-    """of the llama part; time is that of those run, and their mean times 16"""
+    """of the llama part; time is the median of those after the first, times 16"""
     steps: int = 300
     """of the descents in algorithm1, sweep and llama"""
     run: Annotated[Run, flags.RUN] = Run(out=Path("runs/benchmark"))

@@ -49,7 +49,8 @@ def allocate(
     """Entries to drop from every matrix so that ``drop`` go in all, by one threshold.
 
     Every matrix drops its entries below a common saliency, but no less than ``lowest`` and no more
-    than ``highest`` of them. Of the entries in the bin of the threshold, matrices drop shares.
+    than ``highest`` of them, both rounded down to whole entries. Of the entries in the bin of the
+    threshold, matrices drop shares.
 
     Args:
       counts: of ``saliency_counts`` for every matrix.
@@ -75,8 +76,10 @@ def allocate(
         raise InputError(f"drop {drop!r:.40}: expected a whole number") from None
     table = np.stack([np.asarray(count, np.int64) for count in counts])
     sizes = table.sum(axis=1)
-    least = np.ceil(sizes * lowest - 1e-9 * sizes).astype(np.int64)
-    most = np.floor(sizes * highest + 1e-9 * sizes).astype(np.int64)
+    # Rounded as one ratio is, so that a bound may be the ratio of all.
+    least, most = (
+        np.floor(sizes * bound + 1e-9 * sizes).astype(np.int64) for bound in (lowest, highest)
+    )
     if not least.sum() <= drop <= most.sum() or (least > most).any():
         raise InputError(
             f"drop {drop} of {sizes.sum()}: between {least.sum()} and {most.sum()} can go where "

@@ -101,7 +101,7 @@ class Sparsity:
 
         Wanda's rule with a guard: 0.29 of 100 is 29 although the floating-point product is
         28.999…. A traced ratio is float32, whose guard is wider: exact for ratios of up to three
-        decimals in groups of up to 4096, else possibly one too many.
+        decimals in groups of up to 4096, in larger ones up to ``5e-7 · size`` entries too many.
         """
         if self.n is not None and self.m is not None:
             return size // self.m * (self.m - self.n)

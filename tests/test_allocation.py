@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from jaxprune.allocation import allocate, saliency_counts
 from jaxprune.errors import InputError
+from jaxprune.sparsity import Sparsity
 
 
 def by_sorting(saliencies, drop):
@@ -36,12 +37,20 @@ def test_totals_are_exact_and_bounds_are_kept(seed, shapes, ratio, bounds):
     try:
         bound = allocate(counts, drop, lowest=lowest, highest=highest)
     except InputError:
-        least, most = np.ceil(sizes * lowest - 1e-9), np.floor(sizes * highest + 1e-9)
+        least, most = (np.floor(sizes * bound + 1e-9) for bound in bounds)
         assert not (least.sum() <= drop <= most.sum() and (least <= most).all())
         return
     assert sum(bound) == drop
     for n, size in zip(bound, sizes, strict=True):
-        assert lowest * size - 1e-6 <= n <= highest * size + 1e-6
+        assert lowest * size - 1 < n <= highest * size + 1e-6
+
+
+def test_a_bound_may_be_the_ratio_of_all():
+    counts = [saliency_counts(np.arange(1.0, size + 1)[None]) for size in (577, 91)]
+    sizes = [int(count.sum()) for count in counts]
+    drop = sum(int(Sparsity(0.7).drop_count(size)) for size in sizes)
+    found = allocate(counts, drop, lowest=0.7, highest=0.95)
+    assert found == [int(Sparsity(0.7).drop_count(size)) for size in sizes]
 
 
 def test_it_is_one_threshold_to_the_width_of_a_bin():

@@ -21,7 +21,8 @@ class PrunedLinear:
     Attributes:
       weight: exact zeros where dropped, in the type of the dense weight.
       keep_mask: True where kept.
-      damping: fraction of the mean Hessian diagonal that was added to it; only of SparseGPT.
+      damping: fraction of the Hessian's diagonal, of its mean by SparseGPT, of every entry by ADMM,
+        that was added to it; ``None`` where there is none.
       damping_raised: times the damping had to be raised tenfold; only of SparseGPT.
     """
 

@@ -54,14 +54,3 @@ def register(baseline: Baseline) -> None:
     if (baseline.moment is None) != (baseline.prune_from is None):
         raise InputError(f"{baseline.name}: expected moment and prune_from, or neither")
     BASELINES[baseline.name] = baseline
-
-
-def baseline(name: str) -> Baseline:
-    """The baseline of a name.
-
-    Raises:
-      InputError: there is none.
-    """
-    if name not in BASELINES:
-        raise InputError(f"method {name!r:.40}: expected one of {', '.join(BASELINES)}")
-    return BASELINES[name]

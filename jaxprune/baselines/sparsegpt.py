@@ -42,7 +42,7 @@ def sparsegpt(
         when the loop reaches a group, on the weights updated so far.
       damping: fraction of the mean diagonal of ``H`` added to it. Where ``H`` is not positive
         definite it is raised tenfold, which the result reports.
-      block_size: inputs of a block; a multiple of M for N:M.
+      block_size: inputs of a block; for N:M, rounded down to whole groups, one at least.
 
     Returns:
       The pruned layer, with the damping used.
@@ -73,9 +73,11 @@ def sparsegpt_from_hessian(
     if not isinstance(damping, jax.core.Tracer) and not 0 <= damping < float("inf"):
         raise InputError(f"damping {damping}: expected a fraction of the mean diagonal, 0 or more")
     d_in, d_out = w.shape
+    if block_size < 1:
+        raise InputError(f"block_size {block_size}: expected a number of inputs, 1 or more")
     block = min(block_size, d_in)
-    if block_size < 1 or (sparsity.m is not None and block % sparsity.m):
-        raise InputError(f"block_size {block_size}: expected a multiple of M for {sparsity}")
+    if sparsity.m is not None:
+        block = max(block // sparsity.m, 1) * sparsity.m
     rows = [min(block, d_in - start) for start in range(0, d_in, block)]
     drops = jnp.stack([jnp.asarray(sparsity.drop_count(r * d_out), jnp.int32) for r in rows])
     pattern = None if sparsity.m is None else sparsity

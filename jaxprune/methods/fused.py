@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 
 from jaxprune.attention import (
@@ -188,6 +189,8 @@ def prune_attention(
         rule, rate = rate, None
         _check_rule(rule, preset)
     check_finite(x=x, w=w, lam=lam, learning_rate=rate, row_weights=row_weights)
+    if lam is not None and not isinstance(lam, jax.core.Tracer) and (np.asarray(lam) < 0).any():
+        raise InputError(f"lam {lam}: expected 0 or more")
     sparsity.check_divides(w.shape[0])
     if preset not in get_args(Preset):
         raise InputError(f"preset {preset!r}: expected one of {', '.join(get_args(Preset))}")

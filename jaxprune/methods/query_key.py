@@ -147,7 +147,8 @@ def prune_query_key(
     Minimises the mean over sequences of ``½ Σ_heads ‖C‖²``, ``C = softmax(q̃ k̃ᵀ) − softmax(q kᵀ)``,
     with ``q = rope(x W_Q)·scale`` and ``k = rope(x W_K)``, causal.
 
-    ``gauss_newton`` minimises its Gauss–Newton form in closed form (``prune_closed_form``).
+    ``gauss_newton`` minimises its Gauss–Newton form in closed form, heads weighed by ``1/‖F_h‖``,
+    on the first 64 sequences at most (``prune_closed_form``).
     ``descent`` goes on from there: kept weights adapt to the error itself. From ``dense`` weights
     it finds the mask too, which tightens on a cubic schedule (``descent.gradual``). Given ``wv``
     and ``wo``, what ``C`` does to the output, ``½ Σ_heads ‖C x W_V W_O‖²``, counts in a descent
@@ -164,7 +165,8 @@ def prune_query_key(
       preset: ``"gauss_newton"`` or ``"descent"``.
       start: of ``descent``: ``"gauss_newton"`` or ``"dense"``.
       refit: let kept weights adapt; else they keep their dense values under the mask.
-      steps: updates of ``descent``; if ``None``, 100, or 1200 from ``dense``.
+      steps: updates of ``descent``, where kept weights adapt; if ``None``, 100, or 1200 from
+        ``dense``.
       x_dense: inputs that define the dense attention, where ``x`` comes from a pruned model; ``x``
         if ``None``.
       wv: value projection of the layer, with ``wo``.
@@ -187,6 +189,11 @@ def prune_query_key(
     for name, value, known in (("preset", preset, PRESETS), ("start", start, STARTS)):
         if value not in known:
             raise InputError(f"{name} {value!r:.40}: expected {' or '.join(known)}")
+    if steps is not None:
+        if preset == "gauss_newton" or not (refit or start == "dense"):
+            raise InputError(f"steps {steps}: no step is taken here; leave it out")
+        if steps < 0:
+            raise InputError(f"steps {steps}: expected a number of updates, 0 or more")
     x0 = x if x_dense is None else x_dense
     _check_layer(x, x0, wq, wk, rope)
     form = AttentionForm(
@@ -203,6 +210,8 @@ def prune_query_key(
     check_finite(x=x, wq=wq, wk=wk, x_dense=x_dense, rope=rope, wv=wv, wo=wo)
     check_finite(query_bias=query_bias, key_bias=key_bias)
     check_finite(query_norm=query_norm, key_norm=key_norm)
+    # What moves, and the moments of its optimiser, are float32 or wider.
+    wq, wk = (w.astype(accumulation_dtype(w)) for w in (wq, wk))
     settings = QueryKeySettings(
         heads=wq.shape[1],
         kv_heads=wk.shape[1],
@@ -292,8 +301,8 @@ def prune_closed_form(
     """Prune both projections on the Gauss–Newton form of the error of the attention matrices.
 
     Each minimises ``½ tr(A E B Eᵀ)``, to second order the mean over sequences of
-    ``½ Σ_heads ‖softmax(q̃ kᵀ) − softmax(q kᵀ)‖²`` with the other one dense, see
-    ``jaxprune.gauss_newton``.
+    ``½ Σ_heads ‖F̃_h − F_h‖² / ‖F_h‖``, ``F̃_h = softmax(q̃ kᵀ)``, ``F_h = softmax(q kᵀ)``, with the
+    other one dense, see ``jaxprune.gauss_newton``.
 
     Args:
       x: inputs of the projections.

@@ -346,9 +346,7 @@ def _one_line(box: str) -> str:
         elif message:  # without Unicode there is a rule above the message too
             break
     line = " ".join(message) or box.strip()
-    choice = re.search(
-        r"invalid choice '(.*)' for argument '(--[\w-]+)'\. Expected .*\((.*)\)", line
-    )
+    choice = _CHOICE.search(line)
     if choice:
         return f"{choice[2]} {choice[1]}: expected one of {choice[3].replace(chr(39), '')}"
     return line

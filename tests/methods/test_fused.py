@@ -460,6 +460,7 @@ def test_a_second_call_compiles_nothing(key, prune, compiled):
         ({"x": jnp.full((4, 8), jnp.nan)}, "x holds 32 non-finite"),
         ({"w": jnp.full((8, 8), jnp.inf)}, "w holds 64 non-finite"),
         ({"lam": float("nan")}, "lam holds 1 non-finite"),
+        ({"lam": -0.1}, "lam -0.1: expected 0 or more"),
         ({"learning_rate": float("inf")}, "learning_rate holds 1 non-finite"),
         ({"row_weights": jnp.ones(3)}, r"row_weights of shape \(3,\)"),
         ({"row_weights": jnp.zeros((3, 10))}, "row_weights"),

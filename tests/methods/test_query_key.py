@@ -275,12 +275,26 @@ def test_descent_goes_on_from_the_closed_form_under_its_masks(closed):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"preset": "paper"}, "preset 'paper'"), ({"start": "random"}, "start 'random'")],
+    [
+        ({"preset": "paper"}, "preset 'paper'"),
+        ({"start": "random"}, "start 'random'"),
+        ({"steps": -5}, "steps -5: expected"),
+        ({"steps": 5, "preset": "gauss_newton"}, "steps 5: no step is taken"),
+        ({"steps": 5, "refit": False}, "steps 5: no step is taken"),
+    ],
 )
-def test_unknown_presets_and_starts_are_refused(closed, change, message):
+def test_unknown_presets_starts_and_idle_steps_are_refused(closed, change, message):
     x, wq, wk, _ = closed
     with pytest.raises(InputError, match=message):
         prune_query_key(x, wq, wk, "0.5", rope=ROPE, **change)
+
+
+def test_what_moves_is_float32_where_weights_are_narrower(closed):
+    x, wq, wk, _ = closed
+    x, wq, wk = (a.astype(jnp.bfloat16) for a in (x, wq, wk))
+    found = prune_query_key(x, wq, wk, "0.5", rope=ROPE, steps=4)
+    assert found.wq.dtype == found.wk.dtype == jnp.float32
+    assert found.keep_q.mean() == 0.5
 
 
 @pytest.mark.slow

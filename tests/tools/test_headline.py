@@ -154,8 +154,9 @@ def test_files_that_cannot_be_copied_or_read_are_one_line(headline, run, tmp_pat
     errors = capsys.readouterr().err.splitlines()
     assert [line.rpartition(": ")[2] for line in errors] == [
         "not text in UTF-8",
-        "has no environment.json",
+        "no such file",
     ]
+    assert "environment.json" in errors[1]
     assert not saved.exists()
 
 
