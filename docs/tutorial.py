@@ -4,7 +4,7 @@
 Open `docs/tutorial.py` in an editor that knows cells, or run it whole (`python docs/tutorial.py`):
 figures go to the folder `runs/tutorial`. It takes a few minutes on two CPU cores; with
 `JAXPRUNE_TOY=1` in the environment it is smaller, which is how the tests run it.
-`docs/tutorial.ipynb` is the same with what the cells put out.
+`docs/tutorial.ipynb` is the same with its outputs.
 """
 
 # %% [markdown]
@@ -24,8 +24,16 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 
-from jaxprune import attention_matrix, baselines, prune_attention, prune_query_key, relative_error
+from jaxprune import (
+    attention_matrix,
+    baselines,
+    prune_attention,
+    prune_query_key,
+    relative_error,
+    softmax_error,
+)
 from jaxprune.convergence.report import report
 from jaxprune.evaluation import perplexity
 from jaxprune.evaluation.comparison import FusedProblem
@@ -157,8 +165,9 @@ plotting.save(figure, FIGURES, "convergence")
 # %% [markdown]
 # # Overfit against calibration size
 #
-# A mask has `d²` entries. Fitted on few tokens it serves these tokens only; held-out error comes
-# down as there are more.
+# A mask has `d²` entries. `descent` from few windows is far better on them than on fresh ones, and
+# held-out error comes down as there are more. Algorithm 1 is far from both here: its kept weights
+# cannot make up for what it drops.
 
 # %%
 counts = [c for c in (1, 2, 4, 8, 16, 32, 64) if c <= WINDOWS][:: 3 if TOY else 1]
@@ -205,12 +214,60 @@ layer = prune_query_key(
 print("relative error of every query head:", np.round(layer.calibration_error, 4))
 
 # %% [markdown]
+# # The loss in a training step
+#
+# `softmax_error` compares the attention of any queries and keys, `[..., tokens, width]`, with that
+# of others: a layer that is pruned or trained with the dense one. The scale is part of the queries,
+# key heads are repeated for the query heads that they serve, and a model that rotates does so
+# before. Sequences and heads are leading axes, which it maps over as memory allows. Where the
+# dense pair comes out of the same step, put `jax.lax.stop_gradient` around it.
+
+# %%
+Pair = tuple[jax.Array, jax.Array]
+some = x[:4]
+
+
+def projected(weight: jax.Array) -> jax.Array:
+    """Queries or keys of every head, `[sequences, heads, tokens, width]`."""
+    return jnp.einsum("bnd,hdk->bhnk", some, weight)
+
+
+dense_q, dense_k = projected(heads.wq), projected(heads.wk)
+kept_q, kept_k = (
+    jnp.abs(weight) > jnp.median(jnp.abs(weight), axis=(1, 2), keepdims=True)
+    for weight in (heads.wq, heads.wk)
+)
+weights = heads.wq * kept_q, heads.wk * kept_k
+optimizer = optax.adam(2e-3)
+state = optimizer.init(weights)
+
+
+@jax.jit
+def step(weights: Pair, state: optax.OptState) -> tuple[Pair, optax.OptState, jax.Array]:
+    """One update; add the loss to that of your task."""
+
+    def loss_of(weights: Pair) -> jax.Array:
+        q, k = projected(weights[0] * kept_q), projected(weights[1] * kept_k)
+        return softmax_error(q, k, dense_q, dense_k).mean()
+
+    loss, gradient = jax.value_and_grad(loss_of)(weights)
+    updates, state = optimizer.update(gradient, state)
+    return optax.apply_updates(weights, updates), state, loss
+
+
+losses = []
+for _ in range(STEPS // 3):
+    weights, state, loss = step(weights, state)
+    losses.append(float(loss))
+print(f"loss of magnitude pruning {losses[0]:.3f}, after {len(losses)} steps {losses[-1]:.3f}")
+
+# %% [markdown]
 # # The whole model
 #
 # Block after block, each on the activations of the model as pruned so far; then perplexity on a
-# text that took no part. The result is an ordinary checkpoint. `experiments/prune.py` does the same
-# with more care about files, and then distils the kept weights of all blocks together, which is
-# left out here.
+# text that took no part, in windows as short as those here. The result is an ordinary checkpoint.
+# `jaxprune prune` does the same with more care about files, and then distils the kept weights of
+# all blocks together, which is left out here.
 
 # %%
 text = evaluation_windows("zoo", tokenizer, seqlen=SEQLEN, windows=4 if TOY else 64)
@@ -218,7 +275,7 @@ dense = perplexity.evaluate(model, text)["perplexity"]
 found_perplexity = {}
 for method in ("wanda", "descent"):
     smaller = llama.load(folder)
-    settings = PruneSettings(method, "qk", half, steps=STEPS, distill=0)
+    settings = PruneSettings(method, "qk", Sparsity(0.7), steps=STEPS, distill=0)
     with RunFolder(FIGURES / "work", settings) as run:
         for _ in prune_model(
             smaller, windows.tokens, fresh.tokens, settings, run, lambda progress: None

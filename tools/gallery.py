@@ -32,7 +32,6 @@ class Entry(NamedTuple):
     alt: str
 
 
-# The file of the model is that of the package which `make real` fetches.
 _HEADS = (
     "python experiments/llama_heads.py --model SmolLM2-135M-Instruct.Q4_1.gguf --calibration c4 "
     "--layers 2 18 --windows 32 --seqlen 256 --heldout 8 --ratios 0.5 0.7 --out runs/smollm2_heads"
@@ -41,8 +40,8 @@ _CONVERGENCE = "python experiments/convergence.py --out runs/convergence"
 _TUTORIAL = "python docs/tutorial.py"
 ENTRIES = {
     "cost": Entry(
-        "smollm2/figures/cost.png",
-        "make real",
+        "wikitext2/figures/cost.png",
+        "python experiments/real.py --calibration c4 --text wikitext2 --out runs/wikitext2",
         "Quality against time on a real model",
         "Perplexity of SmolLM2-135M above the dense model's against seconds of pruning, a panel "
         "for each set of maps and sparsity, a marker for each method but magnitude.",
@@ -115,8 +114,8 @@ ENTRIES = {
     ),
     "fused_perplexity": Entry(
         "stories_fused/figures/perplexity.png",
-        "python experiments/fused_perplexity.py --model stories260K --calibration first.txt "
-        "--windows 96 --text rest.txt --out runs/stories_fused",
+        "python experiments/fused_perplexity.py --model stories260K --calibration "
+        "tinystories_first.txt --windows 96 --text tinystories_rest.txt --out runs/stories_fused",
         "Perplexity with fused masks",
         "Perplexity of stories260K against the ratio, fused masks exact under RoPE beside pruned "
         "projections: descent on the logits with positions is nearest to the dense model.",
@@ -155,7 +154,8 @@ ENTRIES = {
         "tutorial/overfit.png",
         _TUTORIAL,
         "Overfit against calibration size",
-        "Calibration and held-out error of both presets against the number of calibration windows.",
+        "Calibration and held-out error of presets paper and descent against the number of "
+        "calibration windows.",
     ),
 }
 HEAD = """# Gallery
@@ -164,6 +164,10 @@ Every figure is drawn from the metrics of a run, as PNG and, in the run's folder
 under it makes it. Colours are those of Okabe and Ito, told apart with any colour vision; every \
 method also has its own marker and dash, for print without colour. `make gallery` copies figures \
 of finished runs here.
+
+`make real` leaves `SmolLM2-135M-Instruct.Q4_1.gguf` in `~/.cache/jaxprune/packages`. stories260K \
+is a folder that you convert ([which](results.md#two-small-llamas-and-the-gradual-descent)), \
+`tinystories*.txt` are parts of TinyStories.
 """
 
 

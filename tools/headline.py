@@ -76,8 +76,6 @@ REGIMES = Columns(
     sparse=("closed_form",),
 )
 REAL_SETTINGS = {"eval_windows": int, "eval_seqlen": int, "heldout": int}
-# Part of the dense perplexity below which what Wanda adds is not compared with.
-_SOMETHING = 0.01
 
 
 @dataclass(frozen=True)
@@ -142,8 +140,8 @@ def table_of(
         COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
         if "description" in metrics and not set(metrics["variant"]) <= set(METHODS):
             PARTS.check(metrics, f"{run / 'metrics.csv'}")
-            return parts_table(metrics, settings_of(run, {}))
-        return table(metrics, settings_of(run, {}))
+            return parts_table(metrics, settings_of(run, {}), machine_of(run))
+        return table(metrics, settings_of(run, {}), machine_of(run))
     if "method" not in metrics:
         return metrics.to_markdown(index=False, disable_numparse=True)
     rows.COLUMNS.check(metrics, f"{run / 'metrics.csv'}")
@@ -152,8 +150,14 @@ def table_of(
     dense = metrics["method"] == rows.DENSE
     shown = metrics[metrics["row"].isin(rows.chosen(names, patterns)) | dense]
     if brief:
-        return brief_table(shown, settings)
-    return real_table(shown, settings, read_json(run / "environment.json"))
+        return brief_table(shown, settings, machine_of(run))
+    return real_table(shown, settings, machine_of(run))
+
+
+def machine_of(run: Path) -> str:
+    """What a run was timed on."""
+    environment = read_json(run / "environment.json")
+    return f"{environment.get('cpu_count')} cores ({environment.get('device')})"
 
 
 def record_of(run: Path, wanted: str | None = None) -> str:
@@ -255,7 +259,7 @@ def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
     return pd.DataFrame(lines).fillna("").to_markdown(index=False, disable_numparse=True)
 
 
-def brief_table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
+def brief_table(metrics: pd.DataFrame, config: dict[str, Any], machine: str) -> str:
     """The table of real.py, for the first page."""
     text = config["text"] or config["calibration"]
     seeds = _seeds(metrics)
@@ -263,11 +267,11 @@ def brief_table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
     return (
         f"{rows.table(metrics, rows.BRIEF)}\n\n"
         f"`{config['model']}`, calibrated on {config['windows']} windows of {config['seqlen']} "
-        f"tokens of `{config['calibration']}`; perplexity on `{text}`{several}; two CPU cores."
+        f"tokens of `{config['calibration']}`; perplexity on `{text}`{several}; {machine}."
     )
 
 
-def real_table(metrics: pd.DataFrame, config: dict[str, Any], environment: dict[str, Any]) -> str:
+def real_table(metrics: pd.DataFrame, config: dict[str, Any], machine: str) -> str:
     """The table of real.py, and sentences on how it was measured."""
     text = config["text"] or config["calibration"]
     steps = "the preset's" if config["steps"] is None else config["steps"]
@@ -284,8 +288,7 @@ def real_table(metrics: pd.DataFrame, config: dict[str, Any], environment: dict[
         f"kept weights adapt block by block, and all together at the end; steps a block: {steps}, "
         "where a row does not say. Seconds and peak memory are those of pruning, each row in a "
         "process of its own, compiling included where the programs were not kept, on "
-        f"{environment.get('cpu_count')} cores ({environment.get('device')}).{several}{over} In "
-        "bold the best of equal maps and sparsity."
+        f"{machine}.{several}{over} In bold the best of equal maps and sparsity."
     )
 
 
@@ -296,21 +299,7 @@ def _seeds(metrics: pd.DataFrame) -> str:
     return f"{' or '.join(map(str, several))} seeds" if several else ""
 
 
-def _shares_of_wanda(metrics: pd.DataFrame) -> str:
-    """What is left of what Wanda adds to the perplexity, where that is something."""
-    gaps = metrics.groupby(["sparsity", "variant"], sort=False)["perplexity_gap"].mean()
-    dense = metrics["dense_perplexity"].iloc[0]
-    shares = [
-        f"1/{gaps[sparsity, 'wanda'] / gaps[sparsity, 'descent']:.0f} at {sparsity}"
-        for sparsity in dict.fromkeys(metrics["sparsity"])
-        if gaps[sparsity, "wanda"] > _SOMETHING * dense and gaps[sparsity, "descent"] > 0
-    ]
-    if not shares:
-        return ""
-    return f"Descent raises the perplexity by {', '.join(shares)} of what Wanda does. "
-
-
-def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
+def table(metrics: pd.DataFrame, config: dict[str, Any], machine: str) -> str:
     """A Markdown table of methods by sparsity, and a sentence on how it was measured."""
     for sparsity, rows_there in metrics.groupby("sparsity"):
         present = set(rows_there["variant"])
@@ -329,10 +318,10 @@ def table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
             lines.append({"sparsity": str(sparsity), "method": label, **_cells(here)})
     retrained = any(name.endswith("_retrained") for name in metrics["variant"])
     fair = "Retrained: refit and 300 steps of distillation, as descent. " * retrained
-    return f"{_markdown(lines)}\n\n{_shares_of_wanda(metrics)}{_protocol(metrics, config, fair)}"
+    return f"{_markdown(lines)}\n\n{_protocol(metrics, config, machine, fair)}"
 
 
-def parts_table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
+def parts_table(metrics: pd.DataFrame, config: dict[str, Any], machine: str) -> str:
     """All variants of a run of ablation.py, least divergence first, with time and memory."""
     lines = []
     for (sparsity, _), here in sorted(
@@ -342,32 +331,35 @@ def parts_table(metrics: pd.DataFrame, config: dict[str, Any]) -> str:
         peak = f"{here['peak_memory'].max():.1f}"
         words = {"sparsity": str(sparsity), "variant": here["description"].iloc[0]}
         lines.append({**words, **_cells(here), "peak GiB": peak})
-    return f"{_markdown(lines)}\n\n{_protocol(metrics, config)}"
+    return f"{_markdown(lines)}\n\n{_protocol(metrics, config, machine)}"
 
 
 def _cells(here: pd.DataFrame) -> dict[str, str]:
     """What is measured of one variant at one sparsity, over seeds."""
+    interrupted = "resumed" in here and bool(here["resumed"].any())
     return {
         "perplexity": rows.spread(here["perplexity_gap"] + here["dense_perplexity"]),
         "KL divergence": rows.spread(here["divergence"]),
         "attention error, held-out": rows.spread(here["heldout_error"]),
         "on calibration": rows.spread(here["calibration_error"]),
-        "seconds": f"{here['seconds'].mean():.0f}",
+        "seconds": f"{'over ' * interrupted}{here['seconds'].mean():.0f}",
     }
 
 
-def _protocol(metrics: pd.DataFrame, config: dict[str, Any], more: str = "") -> str:
+def _protocol(metrics: pd.DataFrame, config: dict[str, Any], machine: str, more: str = "") -> str:
     """Sentences on how a run of ablation.py was measured."""
     text = config["text"] or config["calibration"]
     steps = "the preset's" if config["steps"] is None else config["steps"]
+    interrupted = "resumed" in metrics and bool(metrics["resumed"].any())
     return (
         f"{PRUNED[config.get('targets', 'qk')]} of every layer of `{config['model']}`; dense "
         f"perplexity {metrics['dense_perplexity'].iloc[0]:.2f}. {more}"
         f"Calibrated on {config['windows']} windows of {config['seqlen']} tokens of "
         f"`{config['calibration']}`; perplexity, KL divergence from the dense model's predictions "
         f"(nats) and held-out error on text of `{text}` that was not calibrated on; "
-        f"{steps} steps a block. Mean of {config['seeds']} seeds ± half their range where there is "
-        "chance, in which baselines have no part; seconds on two cores."
+        f"{steps} steps a block. Mean of {config['seeds']} seeds ± half their range; there is no "
+        f"chance in baselines that are not retrained. Seconds on {machine}."
+        f"{' `over`: interrupted, of the last process alone.' * interrupted}"
     )
 
 

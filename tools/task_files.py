@@ -94,8 +94,9 @@ def body(config: Config) -> None:
     for name in ("questions", "context", "words"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name}: expected 1 or more")
-    if config.skip < 0:
-        raise InputError("--skip: expected 0 or more")
+    for name in ("skip", "seed"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name}: expected 0 or more")
     check_new_folder(config.out)
     documents = itertools.islice(calibration_corpus(config.text).documents(), config.skip, None)
     made = questions(documents, config)
