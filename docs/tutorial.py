@@ -283,5 +283,6 @@ for method in ("wanda", "descent"):
             pass
     run.remove()
     found_perplexity[method] = perplexity.evaluate(smaller, text)["perplexity"]
-print(f"perplexity: dense {dense:.2f}, " + str(found_perplexity))
+shown = ", ".join(f"{method} {value:.2f}" for method, value in found_perplexity.items())
+print(f"perplexity: dense {dense:.2f}, {shown}")
 jax.clear_caches()

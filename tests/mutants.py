@@ -41,6 +41,10 @@ TESTS = {
     ],
     "pipeline/distillation.py": ["tests/pipeline/test_distillation.py"],
     "pipeline/query_key.py": ["tests/pipeline/test_generated.py"],
+    "pipeline/checkpoint.py": ["tests/commands/test_prune.py"],
+    "commands/heads.py": ["tests/commands/test_heads_command.py"],
+    "text/windows.py": ["tests/text/test_text.py"],
+    "runs/folder.py": ["tests/runs/test_runs.py"],
     "models/llama/sampling.py": ["tests/models/test_sampling.py"],
     "baselines/magnitude.py": ["tests/baselines/test_magnitude.py", "tests/baselines"],
     "baselines/wanda.py": ["tests/baselines/test_wanda.py", "tests/baselines"],
@@ -207,6 +211,23 @@ MUTANTS = [
     Mutant("models/llama/sampling.py", "position + 1 < given", "position < given"),
     Mutant("models/llama/sampling.py", "partial(at, stop)", "partial(at, stop - 1)"),
     Mutant("models/llama/sampling.py", "% len(prompts)", "% 2"),
+    # What a run keeps, counts and reads.
+    Mutant("runs/folder.py", 'and not any(self._parts.glob("*.json"))', ""),
+    Mutant("runs/folder.py", "if differs is not None:", "if False:"),
+    Mutant(
+        "pipeline/checkpoint.py",
+        "sizes = {name: math.prod(getattr(shapes, name)) for name in achieved}",
+        "sizes = dict.fromkeys(achieved, 1)",
+    ),
+    Mutant(
+        "commands/heads.py",
+        """run.part("together", lambda: [{"heads": fitting_heads(source, ratios)}])""",
+        """[{"heads": fitting_heads(source, ratios)}]""",
+    ),
+    Mutant("text/windows.py", "Path(source).samefile(calibration)", "source == calibration"),
+    Mutant("pipeline/model.py", "streams._replace(pruned=streams.dense)", "streams"),
+    Mutant("baselines/sparsegpt.py", "max(block // sparsity.m, 1) * sparsity.m", "block"),
+    Mutant("allocation.py", "for bound in (lowest, highest)", "for bound in (0.0, highest)"),
 ]
 
 

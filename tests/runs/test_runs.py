@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from jaxprune.errors import InputError
-from jaxprune.runs.folder import RunFolder, recorded
+from jaxprune.runs.folder import RunFolder, check_record, keep_record, recorded
 from jaxprune.runs.metrics import Columns, read_metrics
 from jaxprune.runs.repetition import differences
 from jaxprune.storage import check_writable, replacing, write_arrays, write_json
@@ -258,6 +258,17 @@ def test_what_is_finished_outlasts_an_error(tmp_path):
         fail()
     with RunFolder(out, Settings(), resume=True) as run:
         assert run.finished("a")
+
+
+def test_a_record_is_replaced_by_that_of_the_same_settings_alone(tmp_path):
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    check_record(Settings(), kept, "save")  # there is none yet
+    with RunFolder(run, Settings()) as folder:
+        folder.write_metrics([{"error": 1.0}])
+    keep_record(run, kept, "save")
+    check_record(Settings(out=tmp_path), kept, "save")
+    with pytest.raises(InputError, match=r"^save .*: holds the record of a run with steps 3, not"):
+        check_record(Settings(steps=4), kept, "save")
 
 
 def test_folders_on_the_way_to_a_failed_run_are_taken_away(tmp_path):
