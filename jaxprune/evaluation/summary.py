@@ -39,6 +39,12 @@ def summary_figure(metrics: pd.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
+def _symbol(name: str) -> str:
+    """A matrix as the paper writes it: ``wq`` is W with the index Q."""
+    index = name.removeprefix("w").removeprefix("_")
+    return f"$W_{{\\mathrm{{{index.upper() if len(index) == 1 else index}}}}}$"
+
+
 def ratio_figure(ratios: Mapping[str, Sequence[float]], title: str) -> plt.Figure:
     """Fraction of zeros in every matrix: a map, layers down and matrices across.
 
@@ -51,7 +57,7 @@ def ratio_figure(ratios: Mapping[str, Sequence[float]], title: str) -> plt.Figur
         figsize=(1.6 + 0.75 * table.shape[1], 1.4 + 0.16 * len(table)), layout="constrained"
     )
     image = cell.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=1)
-    cell.set_xticks(range(len(ratios)), [name.replace("_", " ") for name in ratios])
+    cell.set_xticks(range(len(ratios)), [_symbol(name) for name in ratios])
     cell.set_ylabel("layer")
     cell.grid(False)
     figure.colorbar(image, ax=cell, label="fraction of zeros")
