@@ -221,8 +221,8 @@ MUTANTS = [
     ),
     Mutant(
         "commands/heads.py",
-        """run.part("together", lambda: [{"heads": fitting_heads(source, ratios)}])""",
-        """[{"heads": fitting_heads(source, ratios)}]""",
+        'return int(first.stem.rpartition("-")[2])',
+        "break",
     ),
     Mutant("text/windows.py", "Path(source).samefile(calibration)", "source == calibration"),
     Mutant("pipeline/model.py", "streams._replace(pruned=streams.dense)", "streams"),

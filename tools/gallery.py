@@ -125,8 +125,8 @@ ENTRIES = {
         "make headline",
         "Descent beside the baselines, end to end",
         "Divergence of the pruned embedded model's predictions from the dense model's, at half, "
-        "seven tenths and 2:4: preset descent is lowest, then the same with kept weights "
-        "untouched or SparseGPT, then Wanda and magnitude.",
+        "seven tenths and 2:4: preset descent is lowest, then the closed form, ADMM, SparseGPT, "
+        "then Wanda and magnitude, beside them descent's masks with kept weights untouched.",
     ),
     "ablation": Entry(
         "stories_ablation/figures/ablation.png",

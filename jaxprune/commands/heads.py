@@ -292,13 +292,13 @@ class Part:
         return f"layer{self.layer}-{self.method}-heads{self.heads.start}-{self.heads.stop}"
 
 
-def heads_together(run: RunFolder, config: Config, source: Layers) -> int:
-    """How many heads are pruned at once: what fits when a run begins, the same when it goes on."""
+def heads_together(run: RunFolder, config: Config, source: Layers, method: str) -> int:
+    """How many heads are pruned at once: as many as in what is finished, else what fits now."""
     if config.devices.head_batch is not None:
         return config.devices.head_batch
-    ratios = max(len(ratios_of(method, config, source)) for method in config.chosen)
-    rows = run.part("together", lambda: [{"heads": fitting_heads(source, ratios)}])
-    return int(rows[0]["heads"])
+    for first in run.path.glob(f"parts/layer*-{method}-heads0-*.json"):
+        return int(first.stem.rpartition("-")[2])
+    return fitting_heads(source, len(ratios_of(method, config, source)))
 
 
 def plan(config: Config, source: Layers, layer: int, method: str, together: int) -> list[Part]:
@@ -358,7 +358,7 @@ def compute_layer(
     layer: int,
     config: Config,
     source: Layers,
-    together: int,
+    together: Mapping[str, int],
     advance: Callable[[str], None],
 ) -> Iterator[dict]:
     """Rows of a layer; the masks of each method in it end in one file."""
@@ -367,7 +367,7 @@ def compute_layer(
     attention: dict[str, np.ndarray] = {}
     for method in config.chosen:
         masks: dict[str, np.ndarray] = {}
-        for part in plan(config, source, layer, method, together):
+        for part in plan(config, source, layer, method, together[method]):
             work = partial(compute, run, part, problems, config, example)
             yield from run.part(part.name, work)
             arrays = run.part_arrays(part.name)
@@ -572,9 +572,10 @@ def prepare(config: Config) -> Experiment:
     def rows(run: RunFolder) -> list[dict[str, Any]]:
         write_json(run.path / "protocol.json", source.protocol)
         rows: list[dict[str, Any]] = []
-        together = heads_together(run, config, source)
+        # Once for all layers: what is free changes while a run goes on.
+        together = {m: heads_together(run, config, source, m) for m in config.chosen}
         total = sum(
-            len(plan(config, source, layer, method, together))
+            len(plan(config, source, layer, method, together[method]))
             for layer in source.indices
             for method in config.chosen
         )

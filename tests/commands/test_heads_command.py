@@ -165,10 +165,14 @@ def test_heads_go_together_as_when_the_run_began(heads, tmp_path, monkeypatch):
     for free, expected in ((3, 3), (1, 3)):
         monkeypatch.setattr(heads, "fitting_heads", lambda source, ratios, free=free: free)
         with RunFolder(tmp_path / "run", config, resume=True) as run:
-            assert heads.heads_together(run, config, source) == expected
-            assert len(heads.plan(config, source, 0, "wanda", expected)) == 3
+            assert heads.heads_together(run, config, source, "wanda") == expected
+            parts = heads.plan(config, source, 1, "wanda", expected)
+            assert [part.heads for part in parts] == [range(3), range(3, 6), range(6, 8)]
+            run.part(parts[0].name, list)
+    with RunFolder(tmp_path / "run", config, resume=True) as run:
+        assert heads.heads_together(run, config, source, "descent") == 1
     given = replace(config, devices=replace(config.devices, head_batch=2))
-    assert heads.heads_together(run, given, source) == 2
+    assert heads.heads_together(run, given, source, "wanda") == 2
 
 
 def test_algorithm_1_is_left_out_where_it_takes_hours_unless_asked_for(heads, capsys):
