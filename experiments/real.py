@@ -38,6 +38,7 @@ from jaxprune.models.llama.files import checkpoint_hashes
 from jaxprune.pipeline import Progress, PruneSettings, prune_checkpoint, units
 from jaxprune.runs import flags, plotting
 from jaxprune.runs.child import in_child, peak_memory
+from jaxprune.runs.configuration import flat
 from jaxprune.runs.duration import estimate
 from jaxprune.runs.folder import RunFolder, check_record, keep_record
 from jaxprune.runs.script import Experiment, notice, run_experiment, run_script
@@ -175,13 +176,9 @@ class Config:
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is fetched."""
         rows.chosen(list(ROWS), self.rows)
-        for name in ("seeds", "distill", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name}: expected 1 or more")
-        for name in ("eval_windows", "batch", "heldout"):
-            value = getattr(self.data, name)
-            if value is not None and value < 1:
+        values = flat(self)
+        for name in ("seeds", "distill", "steps", "eval_windows", "batch", "heldout"):
+            if values[name] is not None and values[name] < 1:
                 raise InputError(f"{flags.flag_of(name)}: expected 1 or more")
         if self.data.eval_seqlen < 2:
             raise InputError("--eval-seqlen: expected 2 or more")

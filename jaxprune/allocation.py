@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxprune.errors import InputError
+from jaxprune.sparsity import Sparsity
 
 # The first 16 bits of a float32: sign, exponent and 7 bits, so that bins are within 1 %.
 _BINS = 2**15
@@ -78,7 +79,8 @@ def allocate(
     sizes = table.sum(axis=1)
     # Rounded as one ratio is, so that a bound may be the ratio of all.
     least, most = (
-        np.floor(sizes * bound + 1e-9 * sizes).astype(np.int64) for bound in (lowest, highest)
+        np.array([Sparsity(bound).drop_count(int(size)) for size in sizes], np.int64)
+        for bound in (lowest, highest)
     )
     if not least.sum() <= drop <= most.sum() or (least > most).any():
         raise InputError(

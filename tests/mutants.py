@@ -213,7 +213,7 @@ MUTANTS = [
     Mutant("models/llama/sampling.py", "% len(prompts)", "% 2"),
     # What a run keeps, counts and reads.
     Mutant("runs/folder.py", 'and not any(self._parts.glob("*.json"))', ""),
-    Mutant("runs/folder.py", "if differs is not None:", "if False:"),
+    Mutant("runs/folder.py", "if difference is not None:", "if False:"),
     Mutant(
         "pipeline/checkpoint.py",
         "sizes = {name: math.prod(getattr(shapes, name)) for name in achieved}",

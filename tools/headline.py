@@ -75,6 +75,7 @@ REGIMES = Columns(
     texts=("data",),
     sparse=("closed_form",),
 )
+_OVER = " `over`: interrupted, of the last process alone."
 REAL_SETTINGS = {"eval_windows": int, "eval_seqlen": int, "heldout": int}
 
 
@@ -277,7 +278,6 @@ def real_table(metrics: pd.DataFrame, config: dict[str, Any], machine: str) -> s
     steps = "the preset's" if config["steps"] is None else config["steps"]
     seeds = _seeds(metrics)
     several = f" With ±: mean and half the range of {seeds}." * bool(seeds)
-    over = " `over`: interrupted, of the last process alone." * bool(metrics["resumed"].any())
     return (
         f"{rows.table(metrics)}\n\n"
         f"`{config['model']}`, calibrated on {config['windows']} windows of {config['seqlen']} "
@@ -288,8 +288,14 @@ def real_table(metrics: pd.DataFrame, config: dict[str, Any], machine: str) -> s
         f"kept weights adapt block by block, and all together at the end; steps a block: {steps}, "
         "where a row does not say. Seconds and peak memory are those of pruning, each row in a "
         "process of its own, compiling included where the programs were not kept, on "
-        f"{machine}.{several}{over} In bold the best of equal maps and sparsity."
+        f"{machine}.{several}{_OVER * _interrupted(metrics)} In bold the best of equal "
+        "maps and sparsity."
     )
+
+
+def _interrupted(metrics: pd.DataFrame) -> bool:
+    """Whether seconds of some rows are of a process that went on with another's work."""
+    return "resumed" in metrics and bool(metrics["resumed"].any())
 
 
 def _seeds(metrics: pd.DataFrame) -> str:
@@ -336,13 +342,12 @@ def parts_table(metrics: pd.DataFrame, config: dict[str, Any], machine: str) -> 
 
 def _cells(here: pd.DataFrame) -> dict[str, str]:
     """What is measured of one variant at one sparsity, over seeds."""
-    interrupted = "resumed" in here and bool(here["resumed"].any())
     return {
         "perplexity": rows.spread(here["perplexity_gap"] + here["dense_perplexity"]),
         "KL divergence": rows.spread(here["divergence"]),
         "attention error, held-out": rows.spread(here["heldout_error"]),
         "on calibration": rows.spread(here["calibration_error"]),
-        "seconds": f"{'over ' * interrupted}{here['seconds'].mean():.0f}",
+        "seconds": f"{'over ' * _interrupted(here)}{here['seconds'].mean():.0f}",
     }
 
 
@@ -350,7 +355,6 @@ def _protocol(metrics: pd.DataFrame, config: dict[str, Any], machine: str, more:
     """Sentences on how a run of ablation.py was measured."""
     text = config["text"] or config["calibration"]
     steps = "the preset's" if config["steps"] is None else config["steps"]
-    interrupted = "resumed" in metrics and bool(metrics["resumed"].any())
     return (
         f"{PRUNED[config.get('targets', 'qk')]} of every layer of `{config['model']}`; dense "
         f"perplexity {metrics['dense_perplexity'].iloc[0]:.2f}. {more}"
@@ -359,7 +363,7 @@ def _protocol(metrics: pd.DataFrame, config: dict[str, Any], machine: str, more:
         f"(nats) and held-out error on text of `{text}` that was not calibrated on; "
         f"{steps} steps a block. Mean of {config['seeds']} seeds ± half their range; there is no "
         f"chance in baselines that are not retrained. Seconds on {machine}."
-        f"{' `over`: interrupted, of the last process alone.' * interrupted}"
+        f"{_OVER * _interrupted(metrics)}"
     )
 
 

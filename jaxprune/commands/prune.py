@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from jaxprune import hub
 from jaxprune.errors import InputError
-from jaxprune.pipeline import METHODS, Progress, prune_checkpoint
+from jaxprune.pipeline import METHODS, Progress, PruneSettings, prune_checkpoint
 from jaxprune.pipeline.checkpoint import PruneRequest, modernised
 from jaxprune.runs import flags
 from jaxprune.runs.configuration import defaults, flat
@@ -143,19 +143,15 @@ class Config:
         refit = record.get("refit")
         return record | {"refit": refit is True, "no_refit": refit is False}
 
-    def check_used(self) -> None:
+    def check_used(self, settings: PruneSettings) -> None:
         """Raise ``InputError`` for flags without an effect on this method.
 
         Not for runs that were begun when they were accepted.
         """
         if self.run.resume or self.run.repeat is not None:
             return
-        descends = self.refit or (
-            self.method == "descent" and (self.start == "dense" or not self.no_refit)
-        )
-        reads = (
-            self.method != "magnitude" or self.refit or self.distill or self.allocate != "matrix"
-        )
+        descends = settings.refits or settings.gradual
+        reads = descends or self.method != "magnitude" or self.distill or settings.needs_curvature
         shared, standing = self.allocate != "matrix", defaults(Config)
         # By name: where it has no effect, and whether that is here.
         used = {
@@ -179,14 +175,15 @@ class Config:
             raise InputError("--refit and --no-refit: expected one of them")
         if self.run.public and self.run.push is None:
             raise InputError("--public: has no effect without --push; leave it out")
-        self.check_used()
         named = flat(self)
         for name in (*_NOT_OF_THE_LIBRARY, "no_refit"):
             del named[name]
         named |= {"refit": True if self.refit else False if self.no_refit else None}
         # Before other processes are waited for, and the hub is asked.
         recorded = {field.name for field in dataclasses.fields(PruneRequest)}
-        PruneRequest(**{n: value for n, value in named.items() if n in recorded}).check()
+        request = PruneRequest(**{n: value for n, value in named.items() if n in recorded})
+        self.check_used(request.settings())
+        request.check()
         return named
 
 

@@ -186,19 +186,17 @@ class RunFolder:
                 f"{self._where} holds a run already; resume=True continues it, "
                 "another folder starts anew"
             )
-        name = differing(there, self._config)
-        if name is None:
+        difference = _difference(there, self._config)
+        if difference is None:
             return
-        here = configuration(self._config)
-        if name not in here:
+        name, then, now = difference
+        if now is None:
             raise InputError(
-                f"{self._where} holds a run with {name} {_shown(there[name])}, which this version "
-                "does not have; choose another folder"
+                f"{self._where} holds a run with {name} {then}, which this version does not have; "
+                "choose another folder"
             )
-        then = _shown(there[name]) if name in there else "as it was before there was this choice"
         raise InputError(
-            f"{self._where} holds a run with {name}={then}, not {_shown(here[name])}; choose "
-            "another folder"
+            f"{self._where} holds a run with {name}={then}, not {now}; choose another folder"
         )
 
     def _environments(self) -> dict[str, Any]:
@@ -348,15 +346,14 @@ def check_record(config: Any, folder: Path, name: str) -> None:
       InputError: it is that of a run of other settings.
     """
     settings = folder / "config.json"
-    if settings.exists():
-        there = read_json(settings)
-        differs = differing(there, config)
-        if differs is not None:
-            raise InputError(
-                f"{name} {folder}: holds the record of a run with {differs} "
-                f"{_shown(there.get(differs))}, not {_shown(configuration(config).get(differs))}; "
-                "choose another folder"
-            )
+    difference = _difference(read_json(settings), config) if settings.exists() else None
+    if difference is not None:
+        setting, then, now = difference
+        other = "which this version does not have" if now is None else f"not {now}"
+        raise InputError(
+            f"{name} {folder}: holds the record of a run with {setting} {then}, {other}; choose "
+            "another folder"
+        )
 
 
 def keep_record(run: Path, folder: Path, name: str, *, metrics: str = "metrics.csv") -> None:
@@ -382,6 +379,16 @@ def keep_record(run: Path, folder: Path, name: str, *, metrics: str = "metrics.c
         if (run / file).is_file():
             with replacing(folder / file) as partial:
                 shutil.copyfile(run / file, partial)
+
+
+def _difference(there: Mapping[str, Any], config: Any) -> tuple[str, str, str | None] | None:
+    """The first setting in which a record differs, what it was, and is (``None``: no more)."""
+    name = differing(there, config)
+    if name is None:
+        return None
+    here = configuration(config)
+    then = _shown(there[name]) if name in there else "as it was before there was this choice"
+    return name, then, _shown(here[name]) if name in here else None
 
 
 def _shown(value: Any) -> str:

@@ -184,10 +184,9 @@ def compare(original: Path, out: Path) -> int:
         return 0
     then, now = recorded(original).environment, environment()
     changed = [
-        f"{key} {then.get(key)} then, {now[key]} now"
+        f"{key} {then[key]} then, {now[key]} now"
         for key in ("versions", "variables", "platform", "backend", "device")
-        # Version 0.1 recorded no variables.
-        if then.get(key) != now[key] and (key in then or key != "variables")
+        if key in then and then[key] != now[key]  # version 0.1 recorded no variables
     ]
     print("; ".join(changed) or "versions, variables and device are those of the original")
     return 1

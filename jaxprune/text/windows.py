@@ -191,8 +191,8 @@ def unseen_windows(
     """
     source = calibration if source is None else source
     text = evaluation_windows(source, tokenizer, seqlen=seqlen)
-    parted = source in (*corpora.NAMED, *PRESETS) or calibration in (*corpora.NAMED, *PRESETS)
-    skip = 0 if parted or not Path(source).samefile(calibration) else -(-seen // seqlen)
+    files = {source, calibration}.isdisjoint((*corpora.NAMED, *PRESETS))
+    skip = -(-seen // seqlen) if files and Path(source).samefile(calibration) else 0
     tokens = text.tokens[skip:][:windows]
     if not len(tokens):
         raise InputError(f"{source}: nothing is left after {skip} windows; use another `text`")
