@@ -16,8 +16,10 @@ Example:
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,12 +45,15 @@ from jaxprune.evaluation.comparison import (
 from jaxprune.evaluation.synthetic import HeadKeys, RandomHead, random_head
 from jaxprune.methods.fused import DECAYS
 from jaxprune.runs import flags, plotting
+from jaxprune.runs.background import in_background
 from jaxprune.runs.folder import RunFolder
 from jaxprune.runs.metrics import Columns, write_table
 from jaxprune.runs.script import Experiment, run_experiment, run_script
 from jaxprune.sparsity import Sparsity
 
 HELDOUT_SEQUENCES = 8
+# Each holds its activations and masks.
+MOST_JOBS = 4
 SHOWN = (ALGORITHM1, *METHODS)
 COLUMNS = Columns(
     ("exponent", "k", "n", "ratio", "seed", "calibration_error", "heldout_error", "stored_weights"),
@@ -101,6 +106,7 @@ class Config:
     run: Annotated[flags.Run, flags.RUN] = field(default=flags.Run(out=Path("runs/synthetic")))
 
     memory_flags: ClassVar[str] = "--seeds, --n or --d"
+    many_programs: ClassVar[bool] = True
 
     def check(self) -> None:
         """Raise ``InputError`` for values that cannot work, before anything is computed."""
@@ -138,6 +144,10 @@ class Part:
     def name(self) -> str:
         """Name of its file."""
         return f"{self.setting}-a{self.exponent:g}-k{self.k}-n{self.n}"
+
+    def ratios(self, config: Config) -> list[float]:
+        """Fractions removed."""
+        return list(config.ratio) if self.base else [nearest(config.ratio, 0.5)]
 
     @property
     def cost(self) -> float:
@@ -209,25 +219,35 @@ def rows_of(
     return rows
 
 
-def compute(part: Part, config: Config, pairs: list[tuple[float, list[float]]]) -> list[dict]:
-    """All rows of a part; ``pairs`` are λ with the step sizes to try for it."""
-    problems = jax.vmap(partial(draw_problem, part=part, d=config.d))(jnp.arange(config.seeds))
-    ratios = list(config.ratio) if part.base else [nearest(config.ratio, 0.5)]
+def draw_problems(part: Part, config: Config) -> FusedProblem:
+    """Those of all seeds."""
+    return jax.vmap(partial(draw_problem, part=part, d=config.d))(jnp.arange(config.seeds))
+
+
+def compute_algorithm1(
+    part: Part, config: Config, problems: FusedProblem, pairs: list[tuple[float, list[float]]]
+) -> list[dict]:
+    """Rows of Algorithm 1; ``pairs`` are λ with the step sizes to try for it."""
+    ratios = part.ratios(config)
+    lams, rates = zip(*pairs, strict=True)
+    found = compare_algorithm1(
+        problems,
+        jnp.asarray(ratios),
+        jnp.asarray(lams),
+        jnp.asarray(rates),
+        steps=config.steps,
+        batch_size=SETTINGS[part.setting].batch_size,
+    )
     rows = []
-    for lam, rates in pairs:
-        outcome, chosen = compare_algorithm1(
-            problems,
-            jnp.asarray(ratios),
-            jnp.full(config.seeds, lam),
-            jnp.tile(jnp.asarray(rates), (config.seeds, 1)),
-            steps=config.steps,
-            batch_size=SETTINGS[part.setting].batch_size,
-        )
-        rows += rows_of(part, ALGORITHM1, ratios, outcome, lam=lam, learning_rate=chosen)
-    for method in METHODS:
-        outcome = compare(problems, jnp.asarray(ratios), method=method)
-        rows += rows_of(part, method, ratios, outcome)
+    for lam, (outcome, rate) in zip(lams, found, strict=True):
+        rows += rows_of(part, ALGORITHM1, ratios, outcome, lam=lam, learning_rate=rate)
     return rows
+
+
+def compute_method(part: Part, config: Config, problems: FusedProblem, method: str) -> list[dict]:
+    """Rows of one of the other methods."""
+    ratios = part.ratios(config)
+    return rows_of(part, method, ratios, compare(problems, jnp.asarray(ratios), method=method))
 
 
 def step_sizes(
@@ -338,8 +358,9 @@ def figure2(frame: pd.DataFrame, title: str) -> plt.Figure:
         ("calibration_error", "on the calibration sequence"),
         ("heldout_error", "on fresh sequences"),
     ]
+    height = 2.5 * len(rows)
     figure, axes = plt.subplots(
-        len(rows), 2, figsize=(7.4, 2.5 * len(rows)), squeeze=False, sharey=True, sharex="row"
+        len(rows), 2, figsize=(7.4, height), squeeze=False, sharey=True, sharex="row"
     )
     for (x, x_label, data), cells in zip(rows, axes, strict=True):
         for (measure, label), cell in zip(measures, cells, strict=True):
@@ -356,7 +377,15 @@ def figure2(frame: pd.DataFrame, title: str) -> plt.Figure:
         f"{frame['seed'].nunique()} seeds",
         fontsize=10,
     )
-    figure.tight_layout()
+    # Fixed: to find room for labels, `tight_layout` takes as long as all the rest of a figure.
+    figure.subplots_adjust(
+        left=0.09,
+        right=0.99,
+        bottom=0.5 / height,
+        top=1 - 0.6 / height,
+        hspace=0.6,
+        wspace=0.05,
+    )
     plotting.legend_below(figure, axes[0, 0])
     return figure
 
@@ -387,26 +416,78 @@ def prepare(config: Config) -> Experiment:
     return Experiment(partial(compute_all, config))
 
 
+class Jobs(NamedTuple):
+    """What computes a part: its rows of Algorithm 1, and of each of the other methods."""
+
+    part: Part
+    algorithm1: Future[list[dict]]
+    others: dict[str, Future[list[dict]]]
+
+    def rows(self, done: Callable[[float], object]) -> list[dict]:
+        """All rows, when they are there; ``done`` is told what of the part's cost is."""
+        jobs = (self.algorithm1, *(self.others[method] for method in METHODS))
+        found = []
+        for job in jobs:
+            found += job.result()
+            done(self.part.cost / len(jobs))
+        return found
+
+
+def start(part: Part, config: Config, pool: Executor, base: Future[list[dict]] | None) -> Jobs:
+    """Submit the jobs of a part, the long ones first.
+
+    Args:
+      part: to compute.
+      config: of the run.
+      pool: takes jobs in order, so that one never waits for another that has not begun.
+      base: rows of the curve's base length; ``None`` for the base itself.
+    """
+    problems = pool.submit(draw_problems, part, config)
+
+    def algorithm1() -> list[dict]:
+        pairs = step_sizes(part, config, [] if base is None else base.result())
+        return compute_algorithm1(part, config, problems.result(), pairs)
+
+    def other(method: str) -> list[dict]:
+        return compute_method(part, config, problems.result(), method)
+
+    first = pool.submit(algorithm1)
+    others = {method: pool.submit(other, method) for method in reversed(METHODS)}
+    return Jobs(part, first, others)
+
+
 def compute_all(config: Config, run: RunFolder) -> list[dict]:
-    """Rows of all parts."""
+    """Rows of all parts. Jobs run side by side, as most of their programs use one core."""
     parts = plan(config)
+    jobs: dict[Part, Jobs] = {}
+    rows_of_base: dict[tuple, Future[list[dict]]] = {}
     rows: list[dict] = []
-    of_base: dict[tuple, list[dict]] = {}
-    total = sum(part.cost for part in parts)
+
+    def advance(cost: float) -> None:
+        bar.update(min(cost, bar.total - bar.n))  # a sum of parts may round to more than all
+
     form = "{l_bar}{bar}| {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}"
-    with tqdm(total=total, unit="work", bar_format=form) as bar:
+    with (
+        in_background(min(os.cpu_count() or 1, MOST_JOBS)) as pool,
+        tqdm(total=sum(part.cost for part in parts), unit="work", bar_format=form) as bar,
+    ):
+        for part in parts:
+            curve = (part.setting, part.exponent, part.k)
+            if run.finished(part.name):
+                first = pool.submit(run.part, part.name, list)
+            else:
+                jobs[part] = start(part, config, pool, rows_of_base.get(curve))
+                first = jobs[part].algorithm1
+            if part.base:
+                rows_of_base[curve] = first
         for part in parts:
             bar.set_postfix_str(part.name)
-            curve = (part.setting, part.exponent, part.k)
-            done = run.finished(part.name)
-            pairs = step_sizes(part, config, of_base.get(curve, []))
-            new = run.part(part.name, partial(compute, part, config, pairs))
-            if part.base:
-                of_base[curve] = new
-            rows += new
-            if done:  # read back, not computed: it says nothing about the rate
+            if part in jobs:
+                rows += run.part(part.name, partial(jobs.pop(part).rows, advance))
+            else:  # read back, not computed: it says nothing about the rate
+                rows += run.part(part.name, list)
                 bar.initial += part.cost
-            bar.update(part.cost)
+                advance(part.cost)
     return rows
 
 

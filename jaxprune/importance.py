@@ -119,6 +119,7 @@ def feature_norms(
     return jnp.sqrt(per_sequence.mean(axis=0))
 
 
+@jax.jit
 def shrunk_norms(
     x: Float[Array, "*b n d"], row_weights: Float[Array, "*b n"] | None = None
 ) -> Float[Array, " d"]:

@@ -13,16 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.attention import contract, relative_error
-from jaxprune.baselines import BASELINES, PrunedLinear, magnitude
+from jaxprune.baselines import BASELINES, Baseline, PrunedLinear, magnitude
 from jaxprune.errors import InputError
 from jaxprune.methods.fused import (
     GRID_POINTS,
     algorithm1,
     algorithm1_grid,
+    closed_form,
     prune_attention,
+    prune_by_ranking,
     round_and_judge,
 )
 from jaxprune.sparsity import Sparsity, keep_mask
@@ -102,38 +105,38 @@ class Outcome:
 
 
 Pruned = tuple[Array, tuple[Array, ...]]  # effective fused weight, keep masks
-Projection = Callable[[Array, Array, Sparsity], PrunedLinear]
 
 
-def _projections(prune: Projection, x: Array, wq: Array, wk: Array, ratio: Array) -> Pruned:
-    """A baseline applied to both projections, as the paper compares it."""
-    q, k = (prune(x, w, Sparsity(ratio)) for w in (wq, wk))
-    return _fuse(q.weight, k.weight), (q.keep_mask, k.keep_mask)
+def _fused_magnitude(x: Array, w: Array, sparsity: Sparsity) -> tuple[Array, Array]:
+    pruned = magnitude(w, sparsity)
+    return pruned.weight, pruned.keep_mask
 
 
-def _fused_magnitude(x: Array, w: Array, ratio: Array) -> Pruned:
-    pruned = magnitude(w, Sparsity(ratio))
-    return pruned.weight, (pruned.keep_mask,)
+def _closed_form(x: Array, w: Array, sparsity: Sparsity) -> tuple[Array, Array]:
+    found = closed_form(x, w, sparsity)
+    return found.weight, found.keep_mask
 
 
-def _preset(x: Array, w: Array, ratio: Array, **options: Any) -> Pruned:
-    pruned = prune_attention(x, w, Sparsity(ratio), **options)
-    return pruned.weight, (pruned.keep_mask,)
+def _descent(
+    x: Array, w: Array, sparsity: Sparsity, steps: int | None = None
+) -> tuple[Array, Array]:
+    """From dense weights, as it finds a mask of its own; from the closed form it hardly moves."""
+    pruned = prune_attention(x, w, sparsity, preset="descent", start="dense", steps=steps)
+    return pruned.weight, pruned.keep_mask
 
 
-_ON_PROJECTIONS: dict[str, Callable[..., Pruned]] = {
-    name: partial(_projections, baseline.prune) for name, baseline in BASELINES.items()
-}
-_ON_FUSED: dict[str, Callable[..., Pruned]] = {
+_ON_FUSED: dict[str, Callable[..., tuple[Array, Array]]] = {
     "fused_magnitude": _fused_magnitude,
-    # Where the presets stay if nothing better validates.
-    "ranking": partial(_preset, preset="descent", start="dense", steps=0),
-    "gauss_newton": partial(_preset, preset="gauss_newton"),
-    # From dense weights, as it finds a mask of its own; from the closed form it hardly moves.
-    "descent": partial(_preset, preset="descent", start="dense"),
+    "descent": _descent,
 }
-ON_PROJECTIONS = tuple(_ON_PROJECTIONS)
-METHODS = (*_ON_PROJECTIONS, *_ON_FUSED)
+# Made of programs that they compile themselves, some of them the same for all lengths.
+_IN_STAGES: dict[str, Callable[..., tuple[Array, Array]]] = {
+    # Where the presets stay if nothing better validates.
+    "ranking": prune_by_ranking,
+    "gauss_newton": _closed_form,
+}
+ON_PROJECTIONS = tuple(BASELINES)
+METHODS = (*ON_PROJECTIONS, "fused_magnitude", "ranking", "gauss_newton", "descent")
 
 
 def compare(
@@ -156,8 +159,18 @@ def prune(
     """Effective fused weights ``[problems, ratios, d, d]`` and keep masks; see ``compare``."""
     if method not in METHODS:
         raise InputError(f"method {method!r:.40}: expected one of {', '.join(METHODS)}")
-    weights = (problems.wq, problems.wk) if method in ON_PROJECTIONS else (problems.w,)
-    return _prune(problems.x, weights, ratios, method=method, steps=steps)
+    x = problems.x
+    if method in ON_PROJECTIONS:
+        on = partial(_projection, x, ratios=ratios, baseline=BASELINES[method])
+        q, k = on(problems.wq), on(problems.wk)
+        return _fuse(q.weight, k.weight), (q.keep_mask, k.keep_mask)
+    if method in _IN_STAGES:
+        found = _mapped(_IN_STAGES[method], x, problems.w, ratios, _problem_axis(x))
+    else:
+        steps = steps if method == "descent" else None
+        found = _fused(x, problems.w, ratios, method=method, steps=steps)
+    weight, kept = found
+    return weight, (kept,)
 
 
 def _problem_axis(x: Array) -> int | None:
@@ -165,76 +178,125 @@ def _problem_axis(x: Array) -> int | None:
     return 0 if x.ndim == 4 else None
 
 
+def _mapped(
+    prune: Callable[..., Any], known: Array, w: Array, ratios: Array, axis: int | None
+) -> Any:
+    """``prune`` at all ratios of every problem, from what is known of its inputs."""
+    over_ratios = jax.vmap(lambda known, w, r: prune(known, w, Sparsity(r)), (None, None, 0))
+    return jax.vmap(over_ratios, (axis, 0, None))(known, w, ratios)
+
+
+def _projection(x: Array, w: Array, *, ratios: Array, baseline: Baseline) -> PrunedLinear:
+    """A baseline applied to one of the projections, as the paper compares it.
+
+    From a moment of the inputs where that is enough, so that one program serves all lengths.
+    """
+    axis = _problem_axis(x)
+    if baseline.moment is None or baseline.prune_from is None:
+        return _linear(x, w, ratios, prune=baseline.prune, axis=axis)
+    moment = _moment(x, of=baseline.moment, axis=axis)
+    return _linear(moment, w, ratios, prune=baseline.prune_from, axis=axis)
+
+
+@partial(jax.jit, static_argnames=("of", "axis"))
+def _moment(x: Array, *, of: Callable[[Array], Array], axis: int | None) -> Array:
+    return of(x) if axis is None else jax.vmap(of)(x)
+
+
+@partial(jax.jit, static_argnames=("prune", "axis"))
+def _linear(
+    known: Array,
+    w: Array,
+    ratios: Array,
+    *,
+    prune: Callable[..., PrunedLinear],
+    axis: int | None,
+) -> PrunedLinear:
+    return _mapped(prune, known, w, ratios, axis)
+
+
 @partial(jax.jit, static_argnames=("method", "steps"))
-def _prune(
-    x: Array, weights: tuple[Array, ...], ratios: Array, *, method: str, steps: int | None
-) -> Pruned:
-    prune = (_ON_PROJECTIONS | _ON_FUSED)[method]
-    if method == "descent" and steps is not None:
+def _fused(
+    x: Array, w: Array, ratios: Array, *, method: str, steps: int | None
+) -> tuple[Array, Array]:
+    prune = _ON_FUSED[method]
+    if steps is not None:
         prune = partial(prune, steps=steps)
-    over_ratios = jax.vmap(lambda x, weights, r: prune(x, *weights, r), (None, None, 0))
-    return jax.vmap(over_ratios, (_problem_axis(x), 0, None))(x, weights, ratios)
+    return _mapped(prune, x, w, ratios, _problem_axis(x))
 
 
 def judge(
     problems: FusedProblem,
     weight: Float[Array, "p r d d"],
     keep_masks: tuple[Bool[Array, "p r _ _"], ...],
+    *,
+    calibration_error: Float[Array, "p r"] | None = None,
 ) -> Outcome:
     """Errors of pruned heads and what they store.
+
+    Args:
+      problems: with one leading axis.
+      weight: effective fused weights.
+      keep_masks: of the fused weight, or of both projections.
+      calibration_error: where it is known.
 
     Raises:
       InputError: logits beyond float32.
     """
-    calibration, heldout = _errors(problems.x, problems.x_heldout, problems.w, weight)
-    if not all(bool(jnp.isfinite(error).all()) for error in (calibration, heldout)):
+    if calibration_error is None:
+        calibration_error = _errors(problems.x, problems.w, weight)
+    heldout_error = _errors(problems.x_heldout, problems.w, weight)
+    if not all(np.isfinite(error).all() for error in (calibration_error, heldout_error)):
         raise InputError("attention is not finite: activations or weights are too large")
-    stored = [mask.sum(axis=(-1, -2)) for mask in keep_masks]
-    return Outcome(calibration, heldout, jnp.asarray(sum(stored)), keep_masks)
+    return Outcome(calibration_error, heldout_error, _stored(keep_masks), keep_masks)
 
 
 @jax.jit
-def _errors(x: Array, x_heldout: Array, w: Array, pruned: Array) -> tuple[Array, Array]:
-    """Both errors ``[problems, ratios]`` of fused weights ``[problems, ratios, d, d]``."""
+def _errors(x: Array, w: Array, pruned: Array) -> Array:
+    """Errors ``[problems, ratios]`` on ``x`` of fused weights ``[problems, ratios, d, d]``."""
 
     def one(x: Array, w: Array, pruned: Array) -> Array:
         return jax.lax.map(partial(relative_error, x, w), pruned)
 
-    return (
-        jax.vmap(one, (_problem_axis(x), 0, 0))(x, w, pruned),
-        jax.vmap(one, (_problem_axis(x_heldout), 0, 0))(x_heldout, w, pruned),
-    )
+    return jax.vmap(one, (_problem_axis(x), 0, 0))(x, w, pruned)
+
+
+@jax.jit
+def _stored(keep_masks: tuple[Array, ...]) -> Array:
+    return sum((mask.sum(axis=(-1, -2)) for mask in keep_masks), jnp.zeros((), int))
 
 
 def compare_algorithm1(
     problems: FusedProblem,
     ratios: Float[Array, " r"],
-    lam: Float[Array, " p"],
-    rates: Float[Array, "p s"],
+    lams: Float[Array, " l"],
+    rates: Float[Array, "l s"],
     *,
     steps: int = 300,
     batch_size: int | None = None,
-) -> tuple[Outcome, Float[Array, "p r"]]:
-    """Outcomes ``[problems, ratios]`` of Algorithm 1, the step size chosen on calibration error.
+) -> list[tuple[Outcome, Float[Array, "p r"]]]:
+    """Algorithm 1 for several λ, the step size of each problem chosen on calibration error.
 
-    One descent per step size serves all ratios: the last mask is rounded to each of them.
+    One descent per step size serves all ratios: the last mask is rounded to each of them. All λ
+    and step sizes of a problem descend together, on the same activations.
 
     Args:
       problems: with one leading axis.
       ratios: fractions removed.
-      lam: λ of every problem.
-      rates: step sizes to choose from, for every problem.
+      lams: λ to try.
+      rates: step sizes to choose from, for each of them.
       steps: updates of gradient descent.
       batch_size: sequences of a step; all if ``None``.
 
     Returns:
-      Outcomes and the step sizes chosen.
+      For every λ, outcomes ``[problems, ratios]`` and the step sizes chosen.
     """
     w = problems.w
-    weight, kept, chosen = _algorithm1(
-        problems.x, w, ratios, lam, rates, steps=steps, batch_size=batch_size
-    )
-    return judge(problems, weight, (kept,)), chosen
+    found = _algorithm1(problems.x, w, ratios, lams, rates, steps=steps, batch_size=batch_size)
+    return [
+        (judge(problems, weight, (kept,), calibration_error=error), chosen)
+        for weight, kept, error, chosen in found
+    ]
 
 
 @partial(jax.jit, static_argnames=("steps", "batch_size"))
@@ -242,14 +304,16 @@ def _algorithm1(
     x: Array,
     w: Array,
     ratios: Array,
-    lam: Array,
+    lams: Array,
     rates: Array,
     *,
     steps: int,
     batch_size: int | None,
-) -> tuple[Array, Array, Array]:
-    def one(x: Array, w: Array, lam: Array, rates: Array) -> tuple[Array, Array, Array]:
-        def learn(rate: Array) -> Array:
+) -> list[tuple[Array, ...]]:
+    """Weights, keep masks, errors and step sizes ``[problems, ratios]`` for every λ."""
+
+    def one(x: Array, w: Array) -> tuple[Array, ...]:
+        def learn(lam: Array, rate: Array) -> Array:
             result = algorithm1(
                 x,
                 w,
@@ -261,16 +325,19 @@ def _algorithm1(
             )
             return result.state.variable
 
-        masks = jax.vmap(learn)(rates)
-
-        def at_ratio(ratio: Array) -> tuple[Array, Array, Array]:
+        def best(masks: Array, rates: Array, ratio: Array) -> tuple[Array, ...]:
             kept, errors = round_and_judge(partial(relative_error, x, w), w, masks, ratio)
-            best = jnp.argmin(errors)
-            return jnp.where(kept[best], w, 0), kept[best], rates[best]
+            i = jnp.argmin(errors)
+            return jnp.where(kept[i], w, 0), kept[i], errors[i], rates[i]
 
-        return jax.vmap(at_ratio)(ratios)
+        def of_lam(each: tuple[Array, Array]) -> tuple[Array, ...]:
+            return jax.vmap(partial(best, *each))(ratios)
 
-    return jax.vmap(one, (_problem_axis(x), 0, 0, 0))(x, w, lam, rates)
+        masks = jax.vmap(jax.vmap(learn, (None, 0)))(lams, rates)
+        return jax.lax.map(of_lam, (masks, rates))
+
+    found = jax.vmap(one, (_problem_axis(x), 0))(x, w)
+    return [tuple(a[:, i] for a in found) for i in range(lams.size)]
 
 
 # Successive halving of the grid of Algorithm 1: every point runs for the first number of steps,

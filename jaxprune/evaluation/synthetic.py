@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -66,10 +67,26 @@ class _Draws(NamedTuple):
     rotation: Array | None
 
 
-# A program of its own for each shape: a generator takes longer to compile than all the rest.
-@partial(jax.jit, static_argnames="shape")
+# A generator takes longer to compile than all the rest of a head. Up to this many numbers, shapes
+# share the programs of powers of eight.
+_LARGE = 2**18
+
+
 def _normal(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
-    return jax.random.normal(key, shape)
+    """``jax.random.normal(key, shape)``, whose numbers are the first ones of any larger draw."""
+    size = math.prod(shape)
+    shared = 8 ** -(-(size - 1).bit_length() // 3)
+    return _first(_flat_normal(key, size if size > _LARGE else shared), shape)
+
+
+@partial(jax.jit, static_argnames="size")
+def _flat_normal(key: Key[Array, ""], size: int) -> Array:
+    return jax.random.normal(key, (size,))
+
+
+@partial(jax.jit, static_argnames="shape")
+def _first(numbers: Array, shape: tuple[int, ...]) -> Array:
+    return numbers[: math.prod(shape)].reshape(shape)
 
 
 def random_head(keys: HeadKeys, head: RandomHead) -> FusedProblem:

@@ -380,7 +380,7 @@ def _descent(
         "monitor": per_step if monitor else None,
     }
     if start == "gauss_newton":
-        (form,) = _forms([fit], w, key, causal)
+        form = _form(fit, w, key, causal)
         first = _validated_closed_form(form, fit, validation, w, sparsity, causal)
         begin, unit = first.weight, jnp.mean(jnp.abs(w))
         descent = refit_descent(
@@ -406,14 +406,14 @@ def _descent(
     return _result(result, x, w, row_weights, anchor_weight, rate, causal)
 
 
-class _ClosedForm(NamedTuple):
+class ClosedForm(NamedTuple):
     """A weight in closed form or by the ranking, and what chose it.
 
     Attributes:
       weight: exact zeros where dropped.
       keep_mask: True where kept.
       damping: infinite where it is the ranking.
-      errors: validation errors of the ranking and of every damping.
+      errors: validation errors of the ranking and of every damping; none where it was given.
     """
 
     weight: Float[Array, "d d"]
@@ -422,11 +422,52 @@ class _ClosedForm(NamedTuple):
     errors: Float[Array, " candidates"]
 
 
+def _static_or_traced(sparsity: Sparsity) -> dict[str, Any]:
+    """A sparsity as arguments of a program: static where it is known, else its ratio."""
+    if isinstance(sparsity.ratio, jax.core.Tracer):
+        return {"ratio": sparsity.ratio, "sparsity": None}
+    return {"ratio": None, "sparsity": sparsity}
+
+
+def _one_of(ratio: Array | None, sparsity: Sparsity | None) -> Sparsity:
+    if sparsity is not None:
+        return sparsity
+    assert ratio is not None
+    return Sparsity(ratio)
+
+
 def _by_ranking(
-    data: PyTree, w: Float[Array, "d d"], sparsity: Sparsity
+    data: PyTree, w: Float[Array, "d d"], ratio: Array | None, *, sparsity: Sparsity | None
 ) -> tuple[Float[Array, "d d"], Bool[Array, "d d"]]:
-    kept = keep_mask(fused_ranking(data["x"], data["row_weights"])(w), sparsity)
+    scores = fused_ranking(data["x"], data["row_weights"])(w)
+    return _round(scores, w, ratio, sparsity=sparsity)
+
+
+@partial(jax.jit, static_argnames="sparsity")
+def _round(
+    scores: Array, w: Array, ratio: Array | None, *, sparsity: Sparsity | None
+) -> tuple[Array, Array]:
+    kept = keep_mask(scores, _one_of(ratio, sparsity))
     return jnp.where(kept, w, 0), kept
+
+
+def prune_by_ranking(
+    x: Float[Array, "b n d"], w: Float[Array, "d d"], sparsity: Sparsity
+) -> tuple[Float[Array, "d d"], Bool[Array, "d d"]]:
+    """Where the presets stay if nothing better validates: ``importance.fused_ranking``, rounded.
+
+    The features' norms are those of the part of the sequences that is not held back.
+
+    Args:
+      x: activations.
+      w: fused weight.
+      sparsity: its ratio may be traced.
+
+    Returns:
+      The weight with exact zeros where dropped, and True where kept.
+    """
+    fit, _ = _split(x, w, _all_rows(x, None))
+    return _by_ranking(fit, w, **_static_or_traced(sparsity))
 
 
 class _Form(NamedTuple):
@@ -436,35 +477,60 @@ class _Form(NamedTuple):
     outputs: Factor
 
 
-def _forms(
-    parts: list[PyTree], w: Float[Array, "d d"], key: Key[Array, ""], causal: bool
-) -> list[_Form]:
-    """The form of each of several data, all diagonalised in one go, one matrix after the other."""
-    moments = [
-        fused_moments(p["x"], w, causal=causal, row_weights=p["row_weights"], key=key)
-        for p in parts
-    ]
-    factors = factorise(jnp.stack([m for form in moments for m in form]), 0.0)
-
-    def at(places: int | slice) -> Factor:
-        return replace(
-            factors,
-            matrix=factors.matrix[places],
-            scale=factors.scale[places],
-            values=factors.values[places],
-            vectors=factors.vectors[places],
-        )
-
-    return [_Form(at(2 * i), at(slice(2 * i + 1, 2 * i + 2))) for i in range(len(parts))]
+def _form(data: PyTree, w: Float[Array, "d d"], key: Key[Array, ""], causal: bool) -> _Form:
+    moments = fused_moments(data["x"], w, causal=causal, row_weights=data["row_weights"], key=key)
+    return _Form(factorise(moments.inputs, 0.0), factorise(moments.outputs[None], 0.0))
 
 
+@partial(jax.jit, static_argnames="sparsity")
 def _solve(
-    form: _Form, w: Float[Array, "d d"], sparsity: Sparsity, damping: Float[Array, ""]
-) -> tuple[Float[Array, "d d"], Bool[Array, "d d"]]:
-    pruned = kronecker_admm(
-        w, redamped(form.inputs, damping), redamped(form.outputs, damping), sparsity
-    )
-    return pruned.weight, pruned.keep_mask
+    form: _Form,
+    w: Float[Array, "d d"],
+    dampings: Float[Array, " c"],
+    ratio: Array | None,
+    *,
+    sparsity: Sparsity | None,
+) -> tuple[Float[Array, "c d d"], Bool[Array, "c d d"]]:
+    """Closed forms at several dampings, one after the other: they are large together."""
+
+    def one(damping: Array) -> tuple[Array, Array]:
+        a, b = (redamped(factor, damping) for factor in form)
+        pruned = kronecker_admm(w, a, b, _one_of(ratio, sparsity))
+        return pruned.weight, pruned.keep_mask
+
+    return jax.lax.map(one, dampings)
+
+
+@jax.jit
+def _split(x: Array, w: Array, row_weights: Array) -> tuple[PyTree, PyTree]:
+    """What the closed form needs of the data to fit on, and all of those to validate on."""
+    fit, validation = split_calibration(fused_data(x, w, row_weights))
+    return _seen(fit["x"], fit["row_weights"]), validation
+
+
+def _seen(x: Array, row_weights: Array) -> dict[str, Array]:
+    """Data without the dense queries, which are as large for every head as the activations."""
+    return {"x": x, "row_weights": row_weights}
+
+
+@partial(jax.jit, static_argnames="causal")
+def _best_on(
+    validation: PyTree,
+    ranked: tuple[Array, Array],
+    solved: tuple[Array, Array],
+    *,
+    causal: bool,
+) -> ClosedForm:
+    """The best of the closed forms on held-back rows, the ranking unless it is beaten clearly."""
+    weights, kept = (jnp.concatenate([r[None], s]) for r, s in zip(ranked, solved, strict=True))
+    rows = jax.lax.map(lambda v: _weighted_row_errors(v, validation, causal), weights)
+    gain = rows[0] - rows
+    clear = gain.mean(axis=1) > _MARGIN * gain.std(axis=1) / math.sqrt(gain.shape[1])
+    errors = rows.mean(axis=1)
+    # NaN is not clear; the ranking is there where nothing is.
+    chosen = jnp.argmin(jnp.where(clear, errors, jnp.inf).at[0].set(errors[0]))
+    damping = jnp.asarray((jnp.inf, *_DAMPINGS), weights.dtype)[chosen]
+    return ClosedForm(weights[chosen], kept[chosen], damping, errors)
 
 
 def _validated_closed_form(
@@ -474,20 +540,54 @@ def _validated_closed_form(
     w: Float[Array, "d d"],
     sparsity: Sparsity,
     causal: bool,
-) -> _ClosedForm:
-    """The best of the closed forms on held-back rows, the ranking unless it is beaten clearly."""
-    dampings = jnp.asarray(_DAMPINGS, w.dtype)
-    ranked = _by_ranking(fit, w, sparsity)
-    solved = jax.lax.map(partial(_solve, form, w, sparsity), dampings)
-    weights, kept = (jnp.concatenate([r[None], s]) for r, s in zip(ranked, solved, strict=True))
-    rows = jax.lax.map(lambda v: _weighted_row_errors(v, validation, causal), weights)
-    gain = rows[0] - rows
-    clear = gain.mean(axis=1) > _MARGIN * gain.std(axis=1) / math.sqrt(gain.shape[1])
-    errors = rows.mean(axis=1)
-    # NaN is not clear; the ranking is there where nothing is.
-    chosen = jnp.argmin(jnp.where(clear, errors, jnp.inf).at[0].set(errors[0]))
-    damping = jnp.concatenate([jnp.full(1, jnp.inf, w.dtype), dampings])[chosen]
-    return _ClosedForm(weights[chosen], kept[chosen], damping, errors)
+) -> ClosedForm:
+    """Closed forms of ``fit`` at all dampings and its ranking, judged on ``validation``."""
+    asked = _static_or_traced(sparsity)
+    solved = _solve(form, w, jnp.asarray(_DAMPINGS, w.dtype), **asked)
+    return _best_on(validation, _by_ranking(fit, w, **asked), solved, causal=causal)
+
+
+@jax.jit
+def _unless_infinite(
+    damping: Array, solved: tuple[Array, Array], ranked: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """The only one of ``solved``, or ``ranked`` where the damping is infinite."""
+    weight, kept = (
+        jnp.where(jnp.isfinite(damping), s[0], r) for s, r in zip(solved, ranked, strict=True)
+    )
+    return weight, kept
+
+
+def closed_form(
+    x: Float[Array, "b n d"],
+    w: Float[Array, "d d"],
+    sparsity: Sparsity,
+    *,
+    lam: ArrayLike | None = None,
+    causal: bool = True,
+    row_weights: Float[Array, "b n"] | None = None,
+    key: Key[Array, ""] | None = None,
+) -> ClosedForm:
+    """What preset ``gauss_newton`` of ``prune_attention`` does, and no more.
+
+    Outside ``jit``, mapped or not, its stages are programs of their own: those that do not depend
+    on the sequences are shared by all lengths. Arguments as in ``prune_attention``, the sparsity's
+    ratio may be traced.
+    """
+    key = jax.random.key(0) if key is None else key
+    rows = _all_rows(x, row_weights)
+    data, asked = _seen(x, rows), _static_or_traced(sparsity)
+    if lam is None:
+        fit, validation = _split(x, w, rows)
+        form = _form(fit, w, key, causal)
+        found = _validated_closed_form(form, fit, validation, w, sparsity, causal)
+        damping, errors = found.damping, found.errors
+    else:
+        damping, errors = jnp.asarray(lam, w.dtype), jnp.zeros(0, w.dtype)
+    solvable = jnp.where(jnp.isfinite(damping), damping, 1.0)[None]
+    solved = _solve(_form(data, w, key, causal), w, solvable, **asked)
+    weight, kept = _unless_infinite(damping, solved, _by_ranking(data, w, **asked))
+    return ClosedForm(weight, kept, damping, errors)
 
 
 def _gauss_newton(
@@ -508,38 +608,28 @@ def _gauss_newton(
 ) -> PrunedAttention:
     """The closed form, its damping validated on data held back and used on all of it."""
     del learning_rate, steps, batch_size, rule, start  # refused before, or of descent
+    found = closed_form(x, w, sparsity, lam=lam, causal=causal, row_weights=row_weights, key=key)
     data = fused_data(x, w, row_weights)
-    errors = jnp.zeros(0, w.dtype)
-    if lam is None:
-        fit, validation = split_calibration(data)
-        whole, part = _forms([data, fit], w, key, causal)
-        found = _validated_closed_form(part, fit, validation, w, sparsity, causal)
-        damping, errors = found.damping, found.errors
-    else:
-        (whole,) = _forms([data], w, key, causal)
-        damping = jnp.asarray(lam, w.dtype)
-    solvable = jnp.isfinite(damping)
-    ranked = _by_ranking(data, w, sparsity)
-    solved = _solve(whole, w, sparsity, jnp.where(solvable, damping, 1.0))
-    weight, kept = (jnp.where(solvable, s, r) for r, s in zip(ranked, solved, strict=True))
+    ranked, _ = _by_ranking(data, w, **_static_or_traced(sparsity))
     # A descent of no steps: the same trace, and what a monitor sees.
     none_left = refit_descent(
         partial(_weighted_row_errors, causal=causal),
-        weight,
-        kept,
+        found.weight,
+        found.keep_mask,
         steps=0,
         learning_rate=0.0,
         batch_size=x.shape[0],
         monitor=per_step if monitor else None,
     )
-    result = descend(none_left, weight, data, key=key)
+    result = descend(none_left, found.weight, data, key=key)
     result = replace(
         result,
-        initial_weights=ranked[0],
-        trace=replace(result.trace, validation_error=errors),
-        state=replace(result.state, step=solvable.astype(jnp.int32)),
+        initial_weights=ranked,
+        trace=replace(result.trace, validation_error=found.errors),
+        state=replace(result.state, step=jnp.isfinite(found.damping).astype(jnp.int32)),
     )
-    return _result(result, x, w, row_weights, damping, jnp.full_like(damping, jnp.nan), causal)
+    no_rate = jnp.full_like(found.damping, jnp.nan)
+    return _result(result, x, w, row_weights, found.damping, no_rate, causal)
 
 
 _PRESETS: dict[str, Callable[..., PrunedAttention]] = {

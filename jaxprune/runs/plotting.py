@@ -86,9 +86,12 @@ def save(figure: Figure, folder: Path, name: str) -> Figure:
     Returns:
       The figure, for a notebook to show.
     """
+    # Once for both formats: to find what a "tight" figure holds takes longer than to draw it.
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox().padded(mpl.rcParams["savefig.pad_inches"])
     for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         with replacing(folder / f"{name}.{suffix}") as partial:
-            figure.savefig(partial, format=suffix, metadata=metadata)
+            figure.savefig(partial, format=suffix, metadata=metadata, bbox_inches=box)
     plt.close(figure)
     return figure
 

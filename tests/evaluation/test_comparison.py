@@ -12,10 +12,11 @@ from jaxprune.evaluation.comparison import (
     METHODS,
     ON_PROJECTIONS,
     FusedProblem,
+    _linear,
     compare,
     compare_algorithm1,
 )
-from jaxprune.methods.fused import algorithm1
+from jaxprune.methods.fused import _round, _solve, algorithm1, closed_form
 from jaxprune.sparsity import keep_mask
 
 RATIOS = jnp.array([0.25, 0.5])
@@ -97,29 +98,62 @@ def test_activations_may_be_shared_by_all_heads(problems):
 
 
 def test_algorithm_1_takes_the_step_size_of_least_calibration_error(problems):
-    lam, rates = jnp.array([0.01, 0.02, 0.05]), jnp.array([[0.05, 0.5], [0.5, 0.05], [2.0, 0.3]])
-    outcome, chosen = compare_algorithm1(problems, RATIOS, lam, rates, steps=15)
-    assert outcome.stored_weights.tolist() == [[48, 32]] * 3
+    lams, rates = jnp.array([0.01, 0.05]), jnp.array([[0.05, 0.5], [0.8, 0.3]])
+    found = compare_algorithm1(problems, RATIOS, lams, rates, steps=15)
 
     @jax.jit
     def learn(x, w, lam, rate):
         options = {"sparsity": Sparsity(0.5), "steps": 15}
         return algorithm1(x, w, lam=lam, learning_rate=rate, **options).state.variable
 
-    for i in range(3):
-        errors = np.zeros((2, 2))
-        for s in range(2):
-            mask = learn(problems.x[i], problems.w[i], lam[i], rates[i, s])
-            for j, ratio in enumerate(RATIOS.tolist()):
-                pruned = jnp.where(keep_mask(mask, Sparsity(ratio)), problems.w[i], 0)
-                errors[s, j] = relative_error(problems.x[i], problems.w[i], pruned)
-        np.testing.assert_allclose(outcome.calibration_error[i], errors.min(axis=0), rtol=1e-3)
-        assert (chosen[i] == rates[i][errors.argmin(axis=0)]).all()
+    for lam, of_lam, (outcome, chosen) in zip(lams, rates, found, strict=True):
+        assert outcome.stored_weights.tolist() == [[48, 32]] * 3
+        for i in range(3):
+            errors = np.zeros((2, 2))
+            for s in range(2):
+                mask = learn(problems.x[i], problems.w[i], lam, of_lam[s])
+                for j, ratio in enumerate(RATIOS.tolist()):
+                    pruned = jnp.where(keep_mask(mask, Sparsity(ratio)), problems.w[i], 0)
+                    errors[s, j] = relative_error(problems.x[i], problems.w[i], pruned)
+            best = errors.argmin(axis=0)
+            np.testing.assert_allclose(outcome.calibration_error[i], errors.min(axis=0), rtol=1e-3)
+            assert (chosen[i] == of_lam[best]).all()
+            kept = outcome.keep_masks[0][i]
+            fresh = [
+                relative_error(problems.x_heldout[i], problems.w[i], jnp.where(m, problems.w[i], 0))
+                for m in kept
+            ]
+            np.testing.assert_allclose(outcome.heldout_error[i], fresh, rtol=1e-3)
 
 
 def test_a_step_size_that_diverges_is_never_chosen(problems):
-    rates = jnp.tile(jnp.array([1e30, 0.1]), (3, 1))
-    outcome, _ = compare_algorithm1(problems, RATIOS, jnp.full(3, 0.01), rates, steps=15)
-    alone, _ = compare_algorithm1(problems, RATIOS, jnp.full(3, 0.01), rates[:, 1:], steps=15)
-    assert jnp.isfinite(outcome.calibration_error).all()
-    assert (outcome.calibration_error <= alone.calibration_error * 1.001).all()
+    lam = jnp.array([0.01])
+    (both,) = compare_algorithm1(problems, RATIOS, lam, jnp.array([[1e30, 0.1]]), steps=15)
+    (alone,) = compare_algorithm1(problems, RATIOS, lam, jnp.array([[0.1]]), steps=15)
+    assert jnp.isfinite(both[0].calibration_error).all()
+    assert (both[0].calibration_error <= alone[0].calibration_error * 1.001).all()
+    assert (both[1] == jnp.float32(0.1)).all()
+
+
+@pytest.mark.parametrize("method", ["wanda", "ranking", "gauss_newton"])
+def test_a_second_call_compiles_nothing_and_other_lengths_little(problems, compiled, method):
+    other, ratios = replace(problems, x=problems.x + 1, wq=2 * problems.wq), RATIOS / 2
+    compare(problems, RATIOS, method=method)
+    compiled.clear()
+    compare(other, ratios, method=method)
+    assert not compiled
+    before = _solve._cache_size(), _linear._cache_size(), _round._cache_size()
+    longer = replace(problems, x=jnp.concatenate([problems.x] * 2, axis=2))
+    compare(longer, RATIOS, method=method)
+    assert before == (_solve._cache_size(), _linear._cache_size(), _round._cache_size())
+
+
+def test_the_closed_form_is_that_of_the_preset_with_its_damping_given_or_not(problems):
+    x, w = problems.x[0], problems.w[0]
+    for lam in (None, 0.1):
+        found = closed_form(x, w, Sparsity(0.5), lam=lam)
+        preset = prune_attention(x, w, 0.5, preset="gauss_newton", lam=lam)
+        assert (found.keep_mask == preset.keep_mask).all()
+        np.testing.assert_allclose(found.weight, preset.weight, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found.damping, preset.lam)
+        np.testing.assert_allclose(found.errors, preset.trace.validation_error, rtol=1e-3)

@@ -24,6 +24,13 @@ def test_each_part_has_a_key_of_its_own():
     np.testing.assert_array_equal(alone.wq, jax.random.normal(keys().wq, (8, 4)))
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 65, 4096])
+def test_numbers_are_those_of_a_draw_of_just_that_shape(tokens):
+    problem = random_head(keys(), RandomHead(d=64, k=1, n=tokens, sequences=2))
+    expected = jax.random.normal(keys().x, (2, tokens, 64))
+    np.testing.assert_array_equal(problem.x, expected)
+
+
 @pytest.mark.parametrize("exponent", [0.0, 2.0])
 def test_logits_and_covariance_are_those_asked_for(exponent):
     head = RandomHead(d=16, k=4, n=500, sequences=1, heldout=8, exponent=exponent, logits_std=2.0)

@@ -160,9 +160,21 @@ def test_an_interrupted_run_resumes_to_identical_metrics(
     assert [f.name for f in (out / "parts").iterdir()] == ["soft-a0-k4-n8.json"]
     assert not (out / "metrics.csv").exists()
     assert synthetic.main(arguments) == 2, "without --resume"
+    calls.clear()
+    calls.extend([0] * (len(METHODS) + 3))  # past the interrupt
     assert synthetic.main([*arguments, "--resume"]) == 0
     assert len(calls) == 2 * len(METHODS) + 3, "the finished part is not computed again"
     assert (out / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_jobs_side_by_side_give_what_one_after_the_other_do(
+    synthetic, finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(synthetic, "MOST_JOBS", 1)
+    assert synthetic.main([*SOFT, "--out", str(tmp_path / "one")]) == 0
+    found = (tmp_path / "one" / "metrics.csv").read_bytes()
+    assert found == (finished / "metrics.csv").read_bytes()
 
 
 @pytest.mark.slow
@@ -187,7 +199,7 @@ def test_the_same_seeds_give_the_same_numbers_and_more_seeds_only_add(
 @pytest.mark.slow
 def test_redraw_needs_the_metrics_only(synthetic, finished, tmp_path, monkeypatch):
     (tmp_path / "metrics.csv").write_bytes((finished / "metrics.csv").read_bytes())
-    monkeypatch.setattr(synthetic, "compute", None)
+    monkeypatch.setattr(synthetic, "compute_all", None)
     assert synthetic.main(["--redraw", "--out", str(tmp_path)]) == 0
     names = ["figures/figure2_soft_k4.svg", "tables.md", "summary.csv", "equal_storage.csv"]
     for name in names:

@@ -16,7 +16,12 @@ import pytest
 from jaxprune.errors import InputError
 from jaxprune.runs import flags
 from jaxprune.runs.flags import Flag
-from jaxprune.runs.script import one_thread_for_lapack, run_script, use_compilation_cache
+from jaxprune.runs.script import (
+    compile_lightly,
+    one_thread_for_lapack,
+    run_script,
+    use_compilation_cache,
+)
 
 
 @dataclass(frozen=True)
@@ -254,6 +259,21 @@ def test_a_cache_that_cannot_be_written_is_not_used(monkeypatch, tmp_path, cache
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
+
+
+@pytest.mark.parametrize("given", ["", "--xla_cpu_use_fusion_emitters=true --xla_dump_to=there"])
+def test_light_compilation_leaves_what_the_user_says(monkeypatch, given):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    compile_lightly()
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags[: len(given.split())] == given.split()
+    added = {flag.partition("=")[0] for flag in flags[len(given.split()) :]}
+    assert "--xla_backend_optimization_level" in added
+    assert ("--xla_cpu_use_fusion_emitters" in added) == (
+        not given and jax.__version_info__[:2] == (0, 10)
+    )
+    compile_lightly()
+    assert os.environ["XLA_FLAGS"].split() == flags
 
 
 @pytest.mark.parametrize(("chosen", "left"), [(None, "1"), ("4", "4")])
