@@ -49,6 +49,10 @@ TESTS = {
     "baselines/magnitude.py": ["tests/baselines/test_magnitude.py", "tests/baselines"],
     "baselines/wanda.py": ["tests/baselines/test_wanda.py", "tests/baselines"],
     "baselines/sparsegpt.py": ["tests/baselines/test_sparsegpt.py", "tests/baselines"],
+    "evaluation/comparison.py": ["tests/evaluation/test_comparison.py"],
+    "evaluation/synthetic.py": ["tests/evaluation/test_random_heads.py"],
+    "methods/fused.py": ["tests/evaluation/test_comparison.py", "tests/methods/test_fused.py"],
+    "runs/background.py": ["tests/runs/test_background.py"],
 }
 
 
@@ -228,6 +232,24 @@ MUTANTS = [
     Mutant("pipeline/model.py", "streams._replace(pruned=streams.dense)", "streams"),
     Mutant("baselines/sparsegpt.py", "max(block // sparsity.m, 1) * sparsity.m", "block"),
     Mutant("allocation.py", "for bound in (lowest, highest)", "for bound in (0.0, highest)"),
+    # The comparison of methods on heads: what is chosen, judged on what, compiled how often.
+    Mutant("evaluation/comparison.py", "errors[i], rates[i]", "errors[i], rates[0]"),
+    Mutant("evaluation/comparison.py", "i = jnp.argmin(errors)", "i = jnp.argmax(errors)"),
+    Mutant(
+        "evaluation/comparison.py", "tuple(a[:, i] for a in found)", "tuple(a[:, 0] for a in found)"
+    ),
+    Mutant("evaluation/comparison.py", "_errors(problems.x_heldout,", "_errors(problems.x,"),
+    Mutant("evaluation/comparison.py", "if baseline.moment is None or", "if True or"),
+    Mutant(
+        "evaluation/synthetic.py", "numbers[: math.prod(shape)]", "numbers[-math.prod(shape) :]"
+    ),
+    Mutant("methods/fused.py", "jnp.where(jnp.isfinite(damping), s[0], r)", "s[0]"),
+    Mutant(
+        "methods/fused.py",
+        "damping, errors = found.damping, found.errors",
+        "damping, errors = 0.01 + 0 * found.damping, found.errors",
+    ),
+    Mutant("runs/background.py", "cancel_futures=True", "cancel_futures=False"),
 ]
 
 

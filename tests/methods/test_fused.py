@@ -10,8 +10,10 @@ import reference
 
 from jaxprune import Sparsity, attention_matrix, prune_attention, relative_error
 from jaxprune.baselines import magnitude, sparsegpt, wanda
+from jaxprune.gauss_newton import fused_moments, kronecker_admm
 from jaxprune.importance import fused_ranking, shrunk_norms
 from jaxprune.methods.fused import algorithm1_grid, shuffle_tokens, split_calibration
+from jaxprune.sparsity import keep_mask
 
 # A descent compiles the longest; other tests here and of the comparison are of one.
 PRESETS = ["paper", "gauss_newton", pytest.param("descent", marks=pytest.mark.slow)]
@@ -244,6 +246,23 @@ def test_the_closed_form_changes_weights_and_lists_what_was_compared(key):
         x, w, prune_attention(x, w, 0.5, start="dense", steps=0, preset="descent").weight
     )
     np.testing.assert_allclose(pruned.initial_error, ranking, rtol=0.1)
+
+
+@pytest.mark.parametrize(("exponent", "chosen"), [(2.0, 0.1), (0.0, jnp.inf)])
+def test_the_closed_form_is_that_of_the_damping_which_validates_or_the_ranking(exponent, chosen):
+    x, _, wq, wk = correlated(jax.random.key(0), exponent, sequences=2)
+    w = wq @ wk.T
+    pruned = prune_attention(x, w, 0.5, preset="gauss_newton")
+    np.testing.assert_allclose(pruned.lam, chosen)
+    if jnp.isfinite(chosen):
+        pairs = zip(pruned.trace.validation_error[1:], (0.01, 0.1, 1.0, 3.0), strict=True)
+        assert min(pairs)[1] == chosen
+        moments = fused_moments(x, w)
+        by_hand = kronecker_admm(w, moments.inputs, moments.outputs, 0.5, damping=chosen)
+        np.testing.assert_allclose(pruned.weight, by_hand.weight, rtol=1e-3, atol=1e-4)
+    else:
+        kept = keep_mask(fused_ranking(x)(w), Sparsity(0.5))
+        np.testing.assert_allclose(pruned.weight, jnp.where(kept, w, 0))
 
 
 @pytest.mark.slow
