@@ -246,7 +246,9 @@ def judge(
     if calibration_error is None:
         calibration_error = _errors(problems.x, problems.w, weight)
     heldout_error = _errors(problems.x_heldout, problems.w, weight)
-    if not all(np.isfinite(error).all() for error in (calibration_error, heldout_error)):
+    # NumPy would wait for ever for what a failed computation, short of memory, never gives.
+    errors = jax.block_until_ready((calibration_error, heldout_error))
+    if not all(np.isfinite(error).all() for error in errors):
         raise InputError("attention is not finite: activations or weights are too large")
     return Outcome(calibration_error, heldout_error, _stored(keep_masks), keep_masks)
 

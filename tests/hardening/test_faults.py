@@ -148,8 +148,8 @@ def test_an_interrupt_is_a_clean_stop_that_says_how_to_go_on(cache, tmp_path):
 # Runs of seconds, and what is there from their first second on.
 LONG = {
     "synthetic": [
-        *("--k", "2", "--d", "4", "--n", "6", "8", "--settings", "soft"),
-        *("--seeds", "1", "--steps", "400", "--ratio", "0.5"),
+        *("--k", "2", "3", "4", "--d", "4", "--n", "6", "8", "--settings", "soft"),
+        *("--seeds", "1", "--steps", "8000", "--ratio", "0.5"),
     ],
     "llama_heads": [
         *("--head-batch", "1", "--ratios", "0.5", "--steps", "600"),
