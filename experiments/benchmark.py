@@ -238,6 +238,20 @@ def at_rate(operations: float, product_seconds: list[float]) -> list[float]:
     return [operations / (2 * RATE**3) * seconds for seconds in product_seconds]
 
 
+def against_products(
+    point: dict[str, Any],
+    contenders: dict[str, Contender],
+    config: Config,
+    ours: str,
+    operations: float,
+) -> list[dict[str, Any]]:
+    """``rows_of`` all turns, and of the products that are needed at the rate of each turn."""
+    seconds = turns(contenders | {"product": square(RATE)}, config)
+    product = seconds.pop("product")
+    floors = {"products needed": at_rate(operations, product)}
+    return rows_of(point, contenders, seconds, ours, floors)
+
+
 def attention_inputs(n: int, d: int, heads: int) -> list[jax.Array]:
     """Queries and keys whose logits have standard deviation one, of both attention matrices."""
     keys = jax.random.split(jax.random.key(n), 4)
@@ -316,22 +330,16 @@ def loss_part(config: Config) -> list[dict[str, Any]]:
 def algorithm1_part(config: Config) -> list[dict[str, Any]]:
     """Algorithm 1 on many heads at once; causal products count by half."""
     x, w = algorithm1_inputs(config)
-    contenders = {
-        "one device": compiled(partial(algorithm1_masks, steps=config.steps), x, w),
-        "product": square(RATE),
-    }
+    contenders = {"one device": compiled(partial(algorithm1_masks, steps=config.steps), x, w)}
     if torch_forms.available():
         form = partial(torch_forms.algorithm1, lam=_LAM, rate=_RATE, steps=config.steps)
         contenders["torch batched"] = in_torch(form, x[:, 0], w)
         contenders["torch per head"] = in_torch(partial(torch_forms.per_head, form), x[:, 0], w)
-    seconds = turns(contenders, config)
-    product = seconds.pop("product")
     heads, _, n, d = x.shape
     # Queries and the mask's gradient; logits and the gradient through them.
     operations = config.steps * heads * (2 * 2 * n * d**2 + 2 * n**2 * d)
-    floors = {"products needed": at_rate(operations, product)}
     point = {"part": "algorithm1", **algorithm1_sizes(x)}
-    return rows_of(point, contenders, seconds, "one device", floors)
+    return against_products(point, contenders, config, "one device", operations)
 
 
 def algorithm1_inputs(config: Config) -> tuple[jax.Array, jax.Array]:
@@ -505,7 +513,7 @@ def step_part(config: Config) -> list[dict[str, Any]]:
         objective = query_key_refit(pruned, context, settings).objective
         return jax.value_and_grad(objective)(pruned, batch)
 
-    contenders = {"step": compiled(step, pruned, batch, context), "product": square(RATE)}
+    contenders = {"step": compiled(step, pruned, batch, context)}
     if torch_forms.available():
         grouped = settings.heads, settings.kv_heads
         form = partial(
@@ -516,15 +524,12 @@ def step_part(config: Config) -> list[dict[str, Any]]:
         )
         target = torch_forms.attention_of(batch["q0"], batch["k0"])
         contenders["torch"] = in_torch(form, x, *pruned, target, batch["values"])
-    seconds = turns(contenders, config)
-    product = seconds.pop("product")
     (b, n, d), heads = x.shape, settings.heads
     outputs, k = sum(w.shape[1] for w in weights), weights[0].shape[1] // heads
     # Projections and their gradients; five products of attention and one of the dense logits.
     operations = 2 * (2 * b * n * d * outputs) + 6 * b * heads * n * n * k
-    floors = {"products needed": at_rate(operations, product)}
     point = {"part": "step", "n": b * n, "d": d, "heads": heads}
-    return rows_of(point, contenders, seconds, "step", floors)
+    return against_products(point, contenders, config, "step", operations)
 
 
 def forward_part(config: Config) -> list[dict[str, Any]]:
@@ -533,21 +538,15 @@ def forward_part(config: Config) -> list[dict[str, Any]]:
     shape = QUICK_LLAMA if config.quick else SMOLLM2
     model = Llama(shape, key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (b, n), 0, shape.vocab_size)
-    contenders = {
-        "logits": compiled(lambda model, tokens: model(tokens), model, tokens),
-        "product": square(RATE),
-    }
+    contenders = {"logits": compiled(lambda model, tokens: model(tokens), model, tokens)}
     if torch_forms.available("transformers"):
         contenders["transformers"] = in_torch(torch_forms.llama_logits(shape), tokens)
-    seconds = turns(contenders, config)
-    product = seconds.pop("product")
     blocks = model.blocks.get_value()
     maps = sum(w.size for w in blocks if w is not None and w.ndim == 3)
     attention = shape.num_hidden_layers * 2 * n * shape.num_attention_heads * shape.head_dim
     operations = b * n * (2 * (maps + shape.vocab_size * shape.hidden_size) + attention)
-    floors = {"products needed": at_rate(operations, product)}
     point = {"part": "forward", "n": b * n, "d": shape.hidden_size}
-    return rows_of(point, contenders, seconds, "logits", floors)
+    return against_products(point, contenders, config, "logits", operations)
 
 
 def prune_part(config: Config) -> list[dict[str, Any]]:

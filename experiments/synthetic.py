@@ -473,13 +473,13 @@ def compute_all(config: Config, run: RunFolder) -> list[dict]:
     ):
         for part in parts:
             curve = (part.setting, part.exponent, part.k)
-            if run.finished(part.name):
-                first = pool.submit(run.part, part.name, list)
-            else:
+            finished = run.finished(part.name)
+            if not finished:
                 jobs[part] = start(part, config, pool, rows_of_base.get(curve))
-                first = jobs[part].algorithm1
             if part.base:
-                rows_of_base[curve] = first
+                rows_of_base[curve] = (
+                    pool.submit(run.part, part.name, list) if finished else jobs[part].algorithm1
+                )
         for part in parts:
             bar.set_postfix_str(part.name)
             if part in jobs:
